@@ -1,0 +1,30 @@
+"""The axis letters, once.
+
+B batch, T query time, S key time, D model, N query heads, K kv heads, G = N / K,
+H head, F feed-forward, E experts, V vocabulary, P SSM state, C cache slots.
+"""
+
+from typing import Any
+
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+Tokens = Int[Array, "B T"]
+Positions = Int[Array, "B T"]
+Activations = Float[Array, "B T D"]
+Queries = Float[Array, "B T N H"]
+Keys = Float[Array, "B S K H"]
+Params = dict[str, Any]
+
+__all__ = [
+    "Activations",
+    "Array",
+    "Bool",
+    "Float",
+    "Int",
+    "Keys",
+    "Params",
+    "Positions",
+    "Queries",
+    "Tokens",
+]
