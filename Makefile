@@ -1,0 +1,63 @@
+# Everything a user or a contributor runs. Each target installs what it needs first;
+# a stamp file in the environment makes the second time immediate.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+ORACLES ?= .venv-oracles
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+PY := $(VENV)/bin/python
+ORACLE_PY := $(ORACLES)/bin/python
+PIP := -m pip --disable-pip-version-check install --quiet --progress-bar off
+
+.PHONY: help install demo test test-all lint bench oracles clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.package  ## .venv with the pinned packages and lclm itself
+
+demo: install  ## the demonstration: a real model over four times its trained context
+	$(VENV)/bin/lclm run --config=configs/demo.py
+
+test: install  ## the fast tests (at most 15 minutes on 2 cores)
+	$(PY) -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+
+test-all: install  ## every test
+	$(PY) -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(VENV)/.requirements  ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: install $(ORACLES)/.llamacpp  ## side by side with PyTorch and llama.cpp
+	$(PY) -m benchmarks.compare --peer-python=$(ORACLE_PY) $(BENCH_ARGS)
+
+oracles: install $(ORACLES)/.requirements  ## regenerate the goldens and compare
+	$(ORACLE_PY) tests/oracles/make_goldens.py --check
+
+clean:  ## remove the environments (runs and the model cache stay)
+	rm -rf $(VENV) $(ORACLES)
+
+$(VENV)/.requirements: requirements.txt
+	python=$${PYTHON:-$$(tools/python.sh 3.12)} && "$$python" -m venv $(VENV)
+	$(PY) $(PIP) -r requirements.txt
+	touch $@
+
+$(VENV)/.package: $(VENV)/.requirements pyproject.toml
+	$(PY) $(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(ORACLES)/.requirements: requirements-oracles.txt
+	python=$$(tools/python.sh 3.11 exact) && "$$python" -m venv $(ORACLES)
+	$(ORACLE_PY) $(PIP) -r requirements-oracles.txt
+	touch $@
+
+$(ORACLES)/.llamacpp: $(ORACLES)/.requirements benchmarks/peers/build_llamacpp.sh
+	benchmarks/peers/build_llamacpp.sh $(ORACLE_PY)
+	touch $@
+
