@@ -1,0 +1,219 @@
+"""What every evaluation shares: the model it needs, its examples, its records."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from lclm.errors import LclmError
+
+KEY = ("task", "length", "depth", "seed", "cache")
+
+Record = dict[str, Any]
+Observe = Callable[[str, int, int], None]
+"""Called with (what is running, steps done, steps in all)."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@runtime_checkable
+class Answer(Protocol):
+    """What `generate` returns."""
+
+    text: str
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """The part of `lclm.load`'s object that evaluations use."""
+
+    tokenizer: Tokenizer
+
+    def nll(
+        self,
+        tokens: np.ndarray,
+        *,
+        cache: str = "full",
+        chunk: int = 512,
+        progress: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """int [B, T] -> float32 [B, T-1], nats; `progress` hears tokens done."""
+        ...
+
+    def generate(
+        self, prompt: str | Sequence[int], *, max_new_tokens: int, cache: str = "full"
+    ) -> Answer:
+        """Greedy continuation of a text or of token ids."""
+        ...
+
+    def cache_bytes(self, cache: str, length: int) -> int:
+        """Peak bytes that a policy allocates for a text of `length` tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about one text; `meta` holds what the generator knows of it."""
+
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    max_new_tokens: int
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        """The text a model continues."""
+        return self.context + self.question
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A table as data: the terminal, the HTML page and a CSV file print the same."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an evaluation shows for its records: tables, and files by name."""
+
+    panels: tuple[Panel, ...]
+    figures: Mapping[str, bytes] = field(default_factory=dict)
+    csv: Mapping[str, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Evaluation(Protocol):
+    """A frozen dataclass of settings that runs, and says what its records mean."""
+
+    def run(
+        self, lm: LanguageModel, *, journal: "Journal", observe: Observe
+    ) -> list[Record]: ...
+
+    def summary(self, records: Sequence[Record], *, trained: int) -> Summary: ...
+
+
+def silent(label: str, done: int, total: int) -> None:
+    """The observer that shows nothing."""
+
+
+def require(ok: bool, text: str) -> None:
+    """Raise `LclmError(text)` unless `ok`."""
+    if not ok:
+        raise LclmError(text)
+
+
+def key_of(record: Mapping[str, Any]) -> tuple:
+    """What makes a record the same measurement as another."""
+    return tuple(record.get(name) for name in KEY)
+
+
+class Journal:
+    """Append-only JSON lines: a record is on disk before `add` returns.
+
+    `scope` separates runs whose other settings differ: records of another scope stay
+    in the file and are never taken for this one's. A last line that an interrupt tore
+    is dropped when the file is opened; its measurement is simply made again.
+
+    Raises:
+      LclmError: a line before the last is not a record.
+    """
+
+    def __init__(self, path: str | Path, *, scope: str = ""):
+        self.path = Path(path)
+        self.scope = scope
+        self.records: list[Record] = []
+        if self.path.exists():
+            self._load()
+        self._found = {key_of(r): r for r in self.records}
+
+    def _load(self) -> None:
+        raw = self.path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        lines = whole.splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("a record is a JSON object")
+            except ValueError as error:
+                if number == len(lines) and len(whole) == len(raw):
+                    whole = whole[: -len(line)]
+                    break
+                raise LclmError(
+                    f"{self.path} line {number} is not a record ({error}); delete "
+                    "that line, or move the file away to start anew"
+                ) from error
+            if record.get("scope", "") == self.scope:
+                self.records.append(record)
+        if len(whole) != len(raw):
+            os.truncate(self.path, len(whole))
+
+    def find(self, **key: Any) -> Record | None:
+        """The finished record of this task, length, depth, seed and cache, or None."""
+        return self._found.get(key_of(key))
+
+    def add(self, record: Record) -> Record:
+        """Write one finished record and wait until it is on the disk."""
+        record = _finite({**record, "scope": self.scope})
+        line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.append(record)
+        self._found[key_of(record)] = record
+        return record
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: both become null."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def show(value: float | int | None, form: str = ".2f", *, scale: float = 1.0) -> str:
+    """A number for a table; a missing one is a dash."""
+    return "-" if value is None else format(value * scale, form)
+
+
+def show_bytes(count: float | int | None) -> str:
+    """Bytes in binary units."""
+    if count is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def to_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Comma-separated lines with a header; the cells are numbers and plain words."""
+    lines = [",".join(columns)]
+    lines += [",".join("" if c is None else str(c) for c in row) for row in rows]
+    return "\n".join(lines) + "\n"

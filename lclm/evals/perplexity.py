@@ -1,0 +1,358 @@
+"""Perplexity of one text under several caches: the same tokens, one row per cache."""
+
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from lclm.data.haystack import encode_prefix
+from lclm.data.sources import read
+from lclm.evals import figures
+from lclm.evals.base import (
+    Journal,
+    LanguageModel,
+    Observe,
+    Panel,
+    Record,
+    Summary,
+    require,
+    show,
+    show_bytes,
+    silent,
+    to_csv,
+)
+from lclm.evals.curves import buckets, even_edges, log_edges
+
+LOG2 = math.log(2.0)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read the text: a cache policy, and how far to go with it.
+
+    With `window` and `stride` every window is read afresh and scores the tokens that
+    no earlier window scored (sliding evaluation); else the text is read once through.
+    """
+
+    cache: str = "full"
+    label: str = ""
+    length: int | None = None
+    chunk: int = 512
+    window: int | None = None
+    stride: int | None = None
+
+    def __post_init__(self):
+        require(
+            (self.window is None) == (self.stride is None),
+            f"window is {self.window} and stride is {self.stride}: sliding evaluation "
+            "needs both, reading once through needs neither",
+        )
+        require(self.chunk >= 1, f"chunk is {self.chunk}; it must be at least 1 token")
+        require(
+            self.length is None or self.length >= 2,
+            f"length is {self.length}; at least 2 tokens are needed for one loss",
+        )
+        if self.window is not None:
+            check_window(self.window, self.stride)
+
+    @property
+    def name(self) -> str:
+        """The cache column of records."""
+        if self.window is None:
+            return self.cache
+        return f"sliding({self.cache}):window={self.window},stride={self.stride}"
+
+    @property
+    def title(self) -> str:
+        """What tables and figures call it."""
+        return self.label or self.name
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Loss of `documents` pieces of `length` tokens of `source`, for each reading.
+
+    `splits` are the positions where the table's columns part (8192: before and past
+    8k); `bucket` is the width in tokens of the points of the figure.
+    """
+
+    readings: tuple[Reading, ...] = (Reading(),)
+    source: str = "kjv"
+    length: int = 4096
+    documents: int = 1
+    splits: tuple[int, ...] = ()
+    bucket: int = 256
+    bos: bool = False
+
+    def __post_init__(self):
+        require(self.length >= 2, f"length is {self.length}; at least 2 tokens")
+        require(self.documents >= 1, f"documents is {self.documents}; at least 1")
+        require(self.bucket >= 1, f"bucket is {self.bucket}; at least 1 token")
+        require(bool(self.readings), "readings is empty: give at least one cache")
+        require(
+            all(a < b for a, b in zip((0, *self.splits), self.splits, strict=False)),
+            f"splits {self.splits} must be positive and increasing",
+        )
+        names = [r.name for r in self.readings]
+        require(len(set(names)) == len(names), f"readings name a cache twice: {names}")
+
+    def run(
+        self, lm: LanguageModel, *, journal: Journal, observe: Observe = silent
+    ) -> list[Record]:
+        """Read every document with every reading not yet in the journal."""
+        records, pieces = [], None
+        for reading in self.readings:
+            length = min(reading.length or self.length, self.length)
+            for document in range(self.documents):
+                key = dict(
+                    task="perplexity",
+                    length=length,
+                    depth=None,
+                    seed=document,
+                    cache=reading.name,
+                )
+                record = journal.find(**key)
+                if record is None:
+                    pieces = self.pieces(lm) if pieces is None else pieces
+                    piece = pieces[document : document + 1, :length]
+                    found = self._measure(lm, reading, piece, observe)
+                    record = journal.add({**key, **found})
+                records.append(record)
+        return records
+
+    def pieces(self, lm: LanguageModel) -> Int[np.ndarray, "documents length"]:
+        """The token ids of every document, consecutive pieces of the source."""
+        body = self.length - int(self.bos)
+        count = body * self.documents
+        ids = encode_prefix(lm.tokenizer.encode, read(self.source), count=count)
+        require(
+            len(ids) >= count,
+            f"{self.documents} x {body} tokens wanted, but source {self.source!r} has "
+            f"{len(ids)}; use a shorter length, fewer documents or a longer text",
+        )
+        pieces = np.asarray(ids, np.int32).reshape(self.documents, body)
+        if not self.bos:
+            return pieces
+        bos = getattr(lm.tokenizer, "bos_id", None)
+        require(bos is not None, "bos=True, but this tokenizer has no BOS token")
+        return np.concatenate([np.full_like(pieces[:, :1], bos), pieces], axis=1)
+
+    def _measure(
+        self, lm: LanguageModel, reading: Reading, tokens: np.ndarray, observe: Observe
+    ) -> Record:
+        length = tokens.shape[1]
+        pace = Pace()
+
+        def progress(done: int) -> None:
+            pace.tick(done)
+            observe(reading.title, done, length)
+
+        observe(reading.title, 0, length)
+        options = dict(cache=reading.cache, chunk=reading.chunk)
+        extra: Record = {}
+        if reading.window is None:
+            nll = np.asarray(lm.nll(tokens, **options, progress=progress))
+            seen = length
+        else:
+            sliding = slide(
+                lambda t: lm.nll(t, **options),
+                tokens,
+                window=reading.window,
+                stride=reading.stride,
+                progress=progress,
+            )
+            nll, seen = sliding.nll, reading.window
+            extra = {"yarn_perplexity": sliding.perplexity("yarn")}
+        observe(reading.title, length, length)
+        finite = np.isfinite(nll[0])
+        require(
+            bool(finite.all()),
+            f"the loss at position {int(finite.argmin()) + 1} under cache {reading.cache!r} is not "
+            "finite: the weights or their precision are at fault; try dtype float32",
+        )
+        text = lm.tokenizer.decode([int(t) for t in tokens[0, 1:]])
+        return {
+            **score(nll, text),
+            **extra,
+            "segments": [b.row() for b in buckets(nll, self._edges(length))],
+            "curve": [b.row() for b in buckets(nll, even_edges(length, self.bucket))],
+            "log_curve": [b.row() for b in buckets(nll, log_edges(length))],
+            "cache_bytes": lm.cache_bytes(reading.cache, seen),
+            "tokens_per_second": pace.rate(),
+            "seconds": pace.seconds(),
+            "title": reading.title,
+        }
+
+    def _edges(self, length: int) -> list[int]:
+        return [0, *(s for s in self.splits if s < length), length]
+
+    def summary(self, records: Sequence[Record], *, trained: int) -> Summary:
+        """One row and one curve per reading, means over documents."""
+        edges = [0, *self.splits, max(self.length, *self.splits, 0)]
+        spans = [s for s in itertools.pairwise(edges) if s[0] < s[1]]
+        rows, curves = [], {}
+        for reading in self.readings:
+            mine = [r for r in records if r["cache"] == reading.name]
+            if mine:
+                rows.append(_row(reading.title, mine, spans))
+                curves[reading.title] = _mean_curve([r["curve"] for r in mine])
+        columns = (
+            "cache",
+            "tokens",
+            *(f"perplexity {_short(a)} to {_short(b)}" for a, b in spans),
+            "bits/byte",
+            "peak cache",
+            "tokens/s",
+        )
+        note = (
+            f"{self.documents} x {self.length:,} tokens of {self.source}; tokens/s "
+            "leaves out the first chunk, which compiles."
+        )
+        panel = Panel("Perplexity by cache", columns, tuple(rows), note)
+        header = ("cache", "bucket_start", "bucket_end", "nll", "count", "low", "high")
+        lines = [(f'"{title}"', *point) for title, c in curves.items() for point in c]
+        png = figures.loss_by_position(curves, trained=trained) if curves else None
+        return Summary(
+            (panel,),
+            {"loss_by_position.png": png} if png else {},
+            {"loss_by_position.csv": to_csv(header, lines)},
+        )
+
+
+def check_window(window: int, stride: int) -> None:
+    """Every token must be scored, and each window must see what it scores."""
+    require(window >= 2, f"window is {window}; it must be at least 2 tokens")
+    require(
+        1 <= stride < window,
+        f"stride is {stride}; allowed is 1 to {window - 1} (window - 1), so that "
+        "every scored token has context",
+    )
+
+
+@dataclass(frozen=True)
+class Sliding:
+    """Per-token losses of a sliding evaluation, and the mean of each window."""
+
+    nll: Float[np.ndarray, "1 targets"]
+    window_means: tuple[float, ...]
+
+    def perplexity(self, compat: str = "token") -> float:
+        """`token`: exp of the token-weighted mean; `yarn`: of the mean of window means.
+
+        The second (arXiv 2309.00071's script) gives the first, full window the weight
+        of one short stride.
+        """
+        means = {
+            "token": float(np.mean(self.nll, dtype=np.float64)),
+            "yarn": float(np.mean(self.window_means)),
+        }
+        require(compat in means, f"compat is {compat!r}; allowed are {list(means)}")
+        return exp(means[compat])
+
+
+def slide(nll_of, tokens, *, window: int, stride: int, progress=None) -> Sliding:
+    """Windows at 0, stride, 2 stride, ... of at most `window` tokens of int [1, T].
+
+    `nll_of` maps int [1, W] to float [1, W - 1]. Each target counts once, in the
+    first window that reaches it, with all the context that window has.
+    """
+    check_window(window, stride)
+    length = tokens.shape[1]
+    parts, means, scored = [], [], 1
+    for start in range(0, length, stride):
+        end = min(start + window, length)
+        nll = np.asarray(nll_of(tokens[:, start:end]))
+        parts.append(nll[:, scored - start - 1 :])
+        means.append(float(parts[-1].mean(dtype=np.float64)))
+        scored = end
+        if progress is not None:
+            progress(end)
+        if end == length:
+            break
+    return Sliding(np.concatenate(parts, axis=1), tuple(means))
+
+
+def exp(mean: float) -> float:
+    """Perplexity of a mean loss in nats, held below the largest double."""
+    return math.exp(min(mean, 700.0))
+
+
+def score(nll: Float[np.ndarray, "documents targets"], text: str) -> Record:
+    """Mean loss of the scored `text`, per token, per UTF-8 byte and per word."""
+    total = float(np.sum(nll, dtype=np.float64))
+    size, words = len(text.encode()), len(text.split())
+    mean = total / nll.size
+    return {
+        "nll": mean,
+        "perplexity": exp(mean),
+        "bits_per_byte": total / LOG2 / max(size, 1),
+        "word_perplexity": exp(total / max(words, 1)),
+        "tokens": int(nll.size),
+        "bytes": size,
+        "words": words,
+    }
+
+
+class Pace:
+    """Wall time of a reading; the rate starts after the first chunk, which compiles."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+        self._ticks: list[tuple[float, int]] = []
+
+    def tick(self, done: int) -> None:
+        """`done` tokens are finished now."""
+        self._ticks.append((time.perf_counter(), done))
+
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
+
+    def rate(self) -> float | None:
+        """Tokens a second after the first tick, overall if there was only one."""
+        if not self._ticks:
+            return None
+        (first, before), (last, done) = self._ticks[0], self._ticks[-1]
+        if done > before and last > first:
+            return (done - before) / (last - first)
+        return done / max(last - self._start, 1e-9)
+
+
+def _row(title: str, records: list[Record], spans: list) -> tuple[str, ...]:
+    def mean(name: str) -> float | None:
+        values = [r[name] for r in records]
+        return None if None in values else sum(values) / len(values)
+
+    cells = []
+    for start, end in spans:
+        parts = [s for r in records for s in r["segments"] if s[0] == start]
+        total, count = sum(p[2] * p[3] for p in parts), sum(p[3] for p in parts)
+        reached = max((p[1] for p in parts), default=0)
+        mark = "" if reached >= end else f" (to {_short(reached)})"
+        cells.append(show(exp(total / count)) + mark if count else "-")
+    return (
+        title,
+        f"{max(r['length'] for r in records):,}",
+        *cells,
+        show(mean("bits_per_byte"), ".3f"),
+        show_bytes(max(r["cache_bytes"] for r in records)),
+        show(mean("tokens_per_second"), ",.0f"),
+    )
+
+
+def _mean_curve(curves: list[list]) -> list[list[float | int]]:
+    """Documents of one length, averaged point by point."""
+    stacked = np.asarray(curves, np.float64)
+    mean = stacked.mean(axis=0)
+    mean[:, 3] = stacked[:, :, 3].sum(axis=0)
+    return [[int(a), int(b), n, int(c), lo, hi] for a, b, n, c, lo, hi in mean.tolist()]
+
+
+def _short(position: int) -> str:
+    """8192 -> 8k; 1000 -> 1000."""
+    whole = position and position % 1024 == 0
+    return f"{position // 1024}k" if whole else f"{position}"

@@ -1,0 +1,159 @@
+"""The grid that passkey and needle share: lengths x depths x trials x caches."""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lclm.evals import figures
+from lclm.evals.base import (
+    Example,
+    Journal,
+    LanguageModel,
+    Observe,
+    Panel,
+    Record,
+    Summary,
+    require,
+    show,
+    to_csv,
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One question of a grid: prompt tokens, requested depth in [0, 1], seed."""
+
+    length: int
+    depth: float
+    seed: int
+    cache: str
+
+
+def check_grid(
+    lengths: Sequence[int], depths: Sequence[float], caches: Sequence[str]
+) -> None:
+    """Refuse an empty grid, a length below 1, a depth outside [0, 1]."""
+    require(bool(lengths), "lengths is empty: give at least one length in tokens")
+    require(bool(caches), "caches is empty: give at least one cache policy")
+    require(len(set(caches)) == len(caches), f"caches {caches} name one policy twice")
+    for length in lengths:
+        require(length >= 1, f"length is {length}; it must be at least 1 token")
+    for depth in depths:
+        require(
+            0 <= depth <= 1,
+            f"depth is {depth}; allowed is 0 (start of the text) to 1 (its end)",
+        )
+
+
+def stratified(bins: int, *, trial: int, seed: int) -> tuple[float, ...]:
+    """A depth drawn uniformly from each of `bins` equal slices of [0, 1]."""
+    rng = random.Random(f"depths:{seed}:{trial}")
+    return tuple(round((b + rng.random()) / bins, 4) for b in range(bins))
+
+
+def run_grid(
+    cells: Sequence[Cell],
+    *,
+    task: str,
+    make: Callable[[Cell], Example],
+    ask: Callable[[Example, Cell], Record],
+    journal: Journal,
+    observe: Observe,
+) -> list[Record]:
+    """Ask every cell that the journal lacks, one record on disk after each."""
+    records = []
+    for number, cell in enumerate(cells):
+        label = f"{task} · {cell.cache}"
+        mine = [c for c in cells if c.cache == cell.cache]
+        observe(label, mine.index(cell), len(mine))
+        key = dict(
+            task=task,
+            length=cell.length,
+            depth=cell.depth,
+            seed=cell.seed,
+            cache=cell.cache,
+        )
+        record = journal.find(**key)
+        if record is None:
+            example = make(cell)
+            start = time.perf_counter()
+            found = ask(example, cell)
+            seconds = time.perf_counter() - start
+            meta = {**example.meta, "answers": list(example.answers)}
+            record = journal.add({**key, **meta, **found, "seconds": seconds})
+        records.append(record)
+        if number + 1 == len(cells) or cells[number + 1].cache != cell.cache:
+            observe(label, len(mine), len(mine))
+    return records
+
+
+def generate(lm: LanguageModel, example: Example, cell: Cell) -> str:
+    """The model's greedy answer as text."""
+    answer = lm.generate(
+        example.prompt, max_new_tokens=example.max_new_tokens, cache=cell.cache
+    )
+    return answer.text
+
+
+def grid_of(records: Sequence[Record], field: str = "score") -> tuple:
+    """Lengths, depths, and the mean of `field` as [depth, length] (NaN: not asked)."""
+    lengths = sorted({r["length"] for r in records})
+    depths = sorted({r["depth"] for r in records})
+    means = np.full((len(depths), len(lengths)), np.nan)
+    counts = np.zeros(means.shape, int)
+    for row, depth in enumerate(depths):
+        for column, length in enumerate(lengths):
+            values = [
+                r[field]
+                for r in records
+                if r["length"] == length and r["depth"] == depth
+            ]
+            if values:
+                means[row, column] = sum(values) / len(values)
+                counts[row, column] = len(values)
+    return lengths, depths, means, counts
+
+
+def summarise(
+    records: Sequence[Record], *, title: str, slug: str, caches: Sequence[str]
+) -> Summary:
+    """A table of scores by length, a CSV of every cell, a heatmap per cache."""
+    lengths = sorted({r["length"] for r in records})
+    rows, images, lines = [], {}, []
+    for number, cache in enumerate(caches):
+        mine = [r for r in records if r["cache"] == cache]
+        if not mine:
+            continue
+        rows.append((cache, *(_share(mine, n) for n in lengths), _share(mine, None)))
+        grid = grid_of(mine)
+        lines += [(f'"{cache}"', *cell) for cell in _cells(*grid)]
+        if grid[2].size > 1:
+            suffix = f"_{number + 1}" if len(caches) > 1 else ""
+            images[f"{slug}{suffix}.png"] = figures.heatmap(
+                grid[2], lengths=grid[0], depths=grid[1], title=f"{title} · {cache}"
+            )
+    columns = ("cache", *(f"{n:,} tokens" for n in lengths), "all")
+    header = ("cache", "length", "depth", "score", "n")
+    panel = Panel(title, columns, tuple(rows))
+    return Summary((panel,), images, {f"{slug}.csv": to_csv(header, lines)})
+
+
+def _share(records: Sequence[Record], length: int | None) -> str:
+    values = [r["score"] for r in records if length in (None, r["length"])]
+    if not values:
+        return "-"
+    total = sum(values)
+    return f"{show(total, '.3g')}/{len(values)}"
+
+
+def _cells(
+    lengths: list[int], depths: list[float], means: np.ndarray, counts: np.ndarray
+) -> Iterator[tuple[Any, ...]]:
+    for column, length in enumerate(lengths):
+        for row, depth in enumerate(depths):
+            if counts[row, column]:
+                yield length, depth, float(means[row, column]), int(counts[row, column])
