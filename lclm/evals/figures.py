@@ -14,7 +14,7 @@ HEAT = LinearSegmentedColormap.from_list("heat", ("#F0496E", "#EBB839", "#0CD79F
 
 
 def loss_by_position(
-    curves: Mapping[str, Sequence[Sequence[float]]], *, trained: int = 0
+    curves: Mapping[str, Sequence[Sequence[float | int]]], *, trained: int = 0
 ) -> bytes:
     """Loss in nats by position, one curve per cache with its bootstrap interval.
 
