@@ -1,0 +1,44 @@
+"""lclm: language models over long contexts, in JAX."""
+
+from typing import Any
+
+from lclm.errors import LclmError
+
+__version__ = "0.1.0"
+__all__ = ["LclmError", "caches", "evals", "load", "mixers", "patterns"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("load", "LanguageModel", "Context"):
+        from lclm import language_model
+
+        return getattr(language_model, name)
+    raise AttributeError(f"module 'lclm' has no attribute {name!r}")
+
+
+def caches() -> dict[str, str]:
+    """Cache policies: name -> one-line description."""
+    from lclm.cache import POLICIES
+
+    return POLICIES.about()
+
+
+def patterns() -> dict[str, str]:
+    """Attention patterns: name -> one-line description."""
+    from lclm.attention import PATTERNS
+
+    return PATTERNS.about()
+
+
+def mixers() -> dict[str, str]:
+    """Token mixers: name -> one-line description."""
+    from lclm.blocks import MIXERS
+
+    return MIXERS.about()
+
+
+def evals() -> dict[str, str]:
+    """Evaluations: name -> one-line description."""
+    from lclm.evals import EVALS
+
+    return EVALS.about()

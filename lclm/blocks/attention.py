@@ -1,0 +1,120 @@
+"""Grouped-query softmax attention: one function for training, prefill and decoding."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+from pallas_kernels.attention import attention
+
+from lclm.cache.base import CachePolicy, Heads, Layer
+from lclm.cache.step import Step
+from lclm.config import AttentionSpec
+from lclm.ops.linear import linear
+from lclm.ops.norm import rms_norm
+from lclm.typing import Array, Float
+from pallas_kernels import mask as masks
+
+INIT = nn.initializers.normal(0.02)
+
+
+def project(module: nn.Module, name: str, x: Array, out: int, *, bias: bool) -> Array:
+    """Own and apply one [out, in] projection called `name`."""
+    return Projection(out, bias, parent=module, name=name)(x)
+
+
+class Projection(nn.Module):
+    """x W^T + b with W stored [out, in]."""
+
+    features: int
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        weight = self.param("weight", INIT, (self.features, x.shape[-1]))
+        bias = None
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return linear(x, weight, bias)
+
+
+class Scale(nn.Module):
+    """RMSNorm over the last axis."""
+
+    eps: float
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        init = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],))
+        return rms_norm(x, scale, eps=self.eps, offset=self.offset)
+
+
+class Attention(nn.Module):
+    """The attention mixer of one layer.
+
+    With a cache the policy decides what is read and what is kept; without one the
+    call is dense and parallel, limited by the layer's own window.
+    """
+
+    spec: AttentionSpec
+    width: int
+    eps: float
+    offset: float = 0.0
+    index: int = 0
+    policy: CachePolicy | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], step: Step, cache: Any = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        spec = self.spec
+        heads = self._heads(x)
+        sink = None
+        if spec.sink:
+            sink = self.param("sink", nn.initializers.zeros, (spec.heads,))
+        if cache is None:
+            out = dense_attention(heads, step, spec, sink)
+        else:
+            layer = Layer(self.index, spec)
+            with jax.named_scope("cache"):
+                out, cache = self.policy.attend(cache, heads, step, layer, sink)
+        out = out.astype(x.dtype).reshape(*x.shape[:2], -1)
+        return project(self, "o", out, self.width, bias=spec.out_bias), cache
+
+    def _heads(self, x: Array) -> Heads:
+        """Project to queries, keys and values before rotation."""
+        spec, size = self.spec, self.spec.head_dim
+        bias = spec.qkv_bias
+
+        def split(name: str, count: int) -> Array:
+            y = project(self, name, x, count * size, bias=bias)
+            return y.reshape(*x.shape[:2], count, size)
+
+        q, k = split("q", spec.heads), split("k", spec.kv_heads)
+        v = split("v", spec.kv_heads)
+        if spec.qk_norm:
+            q = Scale(self.eps, self.offset, name="q_norm")(q)
+            k = Scale(self.eps, self.offset, name="k_norm")(k)
+        return Heads(q, k, v)
+
+
+def dense_attention(
+    heads: Heads, step: Step, spec: AttentionSpec, sink: Array | None
+) -> Float[Array, "B T N H"]:
+    """Every query over all keys of the call that its layer may see."""
+    mask = masks.causal()
+    if spec.window is not None:
+        mask = mask & masks.window(spec.window)
+    out, _ = attention(
+        step.rotate(heads.q, spec.rope),
+        step.rotate(heads.k, spec.rope),
+        heads.v,
+        mask=mask,
+        scale=spec.scale,
+        softcap=spec.softcap,
+        sink=sink,
+        q_segment_ids=step.segments,
+        kv_segment_ids=step.segments,
+    )
+    return out

@@ -1,0 +1,215 @@
+"""The cache policy protocol: what survives of the past, and at which positions.
+
+Three numbers are kept apart. A token's *position* is its index in its row; its *slot*
+is where the policy put it; the *valid* slots are those whose stored position is not -1.
+A policy never calls the model: where it needs a forward pass of its own (a catalyst
+prompt) it names an `Overflow` that the engine runs.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lclm.config import AttentionSpec
+from lclm.typing import Array, Bool, Float, Int
+
+if TYPE_CHECKING:
+    from lclm.cache.step import Step
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Which layer a policy is asked about."""
+
+    index: int
+    spec: AttentionSpec
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """kv heads that share one capacity (in tokens)."""
+
+    heads: tuple[int, ...]
+    capacity: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a policy wants to see besides rotated keys and values.
+
+    queries, keys: q and k before rotation. last: column sums of the attention
+    probabilities of the last `last` queries of a call. nll: each token's loss, given to
+    `observe` after the call. params: a parameter pytree (retaining heads, gates).
+    """
+
+    queries: bool = False
+    keys: bool = False
+    last: int = 0
+    nll: bool = False
+    params: bool = False
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """What the engine does before a call that would exceed a policy's capacity.
+
+    It runs the model over `tokens` (not at all where empty) on caches that keep none of
+    them, so each layer's `weigh` sees how they attend, then calls `compact`.
+    `room` is the tokens that fit between two compactions.
+    """
+
+    room: int
+    tokens: tuple[int, ...] = ()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Heads:
+    """One call's projections before rotation."""
+
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B T K H"]
+    v: Float[Array, "B T K H"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KV:
+    """The slots of one head group: `pos` [B, 1 or K, C] is -1 where a slot is empty."""
+
+    k: Float[Array, "B K C H"]
+    v: Float[Array, "B K C H"]
+    pos: Int[Array, "B J C"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """One layer's cache: head groups, and whatever else a policy carries by name."""
+
+    groups: tuple[KV, ...]
+    extra: dict[str, Array] = field(default_factory=dict)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Evidence:
+    """What `update` and `weigh` may look at; absent parts are None.
+
+    mass_old [B, K, C], mass_new [B, K, T]: probability column sums of the last queries,
+    summed over each kv head's query heads. queries, keys: before rotation.
+    """
+
+    mass_old: Array | None = None
+    mass_new: Array | None = None
+    queries: Array | None = None
+    keys: Array | None = None
+
+
+def empty(
+    batch: int, heads: int, slots: int, size: int, dtype: Any, *, per_head: bool = False
+) -> KV:
+    """Unwritten slots."""
+    shape = (batch, heads, slots, size)
+    pos = jnp.full((batch, heads if per_head else 1, slots), -1, jnp.int32)
+    return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), pos)
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """What every policy answers; `policies.Absolute` is the usual base to build on.
+
+    `kept` is the most tokens per kv head that stay between calls (None: all of them).
+    `exact_angles` asks for rotary angles that stay accurate at millions of positions.
+    """
+
+    needs: ClassVar[Needs] = Needs()
+    exact_angles: ClassVar[bool] = False
+    per_head: ClassVar[bool] = False
+    recompute: ClassVar[bool] = False
+    overflow: ClassVar[Overflow | None] = None
+
+    @property
+    def kept(self) -> int | None:
+        """Tokens kept per kv head between calls; None keeps all."""
+        return None
+
+    def capacity(self, layer: Layer, length: int) -> int:
+        """Slots per kv head for rows of at most `length` tokens."""
+        raise NotImplementedError
+
+    def groups(self, layer: Layer, length: int) -> tuple[HeadGroup, ...]:
+        """Head groups of one layer; one group of all kv heads unless overridden."""
+        heads = tuple(range(layer.spec.kv_heads))
+        return (HeadGroup(heads, self.capacity(layer, length)),)
+
+    def init(self, layer: Layer, batch: int, length: int, dtype: Any) -> Cache:
+        """Allocate one layer's cache."""
+        return Cache(
+            tuple(
+                empty(
+                    batch,
+                    len(group.heads),
+                    group.capacity,
+                    layer.spec.head_dim,
+                    dtype,
+                    per_head=self.per_head,
+                )
+                for group in self.groups(layer, length)
+            )
+        )
+
+    def attend(
+        self,
+        cache: Cache,
+        heads: Heads,
+        step: "Step",
+        layer: Layer,
+        sink: Array | None = None,
+    ) -> tuple[Float[Array, "B T N H"], Cache]:
+        """Read the slots and the call's own tokens: the output, and what is kept."""
+        raise NotImplementedError
+
+    def update(
+        self, cache: Cache, new: KV, step: "Step", layer: Layer, evidence: Evidence
+    ) -> Cache:
+        """Write a call's tokens."""
+        raise NotImplementedError
+
+    def weigh(self, cache: Cache, evidence: Evidence, step: "Step") -> Cache:
+        """Note how a catalyst attended; nothing is appended."""
+        return cache
+
+    def compact(self, cache: Cache, layer: Layer) -> Cache:
+        """Make room after an overflow."""
+        return cache
+
+    def observe(
+        self, cache: Cache, nll: Float[Array, "B T"], step_positions: Int[Array, "B T"]
+    ) -> Cache:
+        """Take the losses of a call's tokens (`needs.nll`)."""
+        return cache
+
+
+def cache_bytes(
+    policy: CachePolicy, layers: tuple[Layer, ...], batch: int, length: int, dtype: Any
+) -> int:
+    """Bytes that `init` will allocate for all layers, from shapes alone."""
+
+    def build() -> tuple[Cache, ...]:
+        return tuple(policy.init(layer, batch, length, dtype) for layer in layers)
+
+    leaves = jax.tree.leaves(jax.eval_shape(build))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def measured_bytes(caches: Any) -> int:
+    """Bytes of the arrays that are really there."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
+
+
+def valid_slots(kv: KV) -> Bool[Array, "B J C"]:
+    """Slots that hold a token."""
+    return kv.pos >= 0

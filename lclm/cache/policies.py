@@ -1,0 +1,207 @@
+"""full, window, streaming and recompute: the policies that look at no scores."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+
+from lclm.cache import read, write
+from lclm.cache.base import KV, Cache, CachePolicy, Evidence, Heads, Layer
+from lclm.cache.step import Step, exact_angles
+from lclm.errors import LclmError
+from lclm.typing import Array
+
+
+def at_least(name: str, value: int, low: int, unit: str = "tokens") -> None:
+    """Refuse an option below its least value."""
+    if value < low:
+        raise LclmError(f"{name} is {value}; it must be at least {low} {unit}")
+
+
+@dataclass(frozen=True)
+class Absolute(CachePolicy):
+    """Tokens keep their own positions and one head group holds all kv heads.
+
+    Subclasses say how many slots a layer has (`capacity`) and where a call's tokens go
+    (`update`); reading is shared.
+    """
+
+    def attend(
+        self,
+        cache: Cache,
+        heads: Heads,
+        step: Step,
+        layer: Layer,
+        sink: Array | None = None,
+    ) -> tuple[Array, Cache]:
+        """Attend over the slots and the call itself, then update (or only weigh)."""
+        out, evidence, new = read.absolute(cache, heads, step, layer, sink, self.needs)
+        if step.weigh:
+            return out, self.weigh(cache, evidence, step)
+        return out, self.update(cache, new, step, layer, evidence)
+
+
+@dataclass(frozen=True)
+class Full(Absolute):
+    """Keep everything. `limit` caps a row's tokens; None sizes it to the request.
+
+    A layer with a window of its own keeps only that window.
+    """
+
+    limit: int | None = None
+
+    def __post_init__(self):
+        if self.limit is not None:
+            at_least("full: limit", self.limit, 1)
+
+    def capacity(self, layer: Layer, length: int) -> int:
+        window = layer.spec.window
+        return length if window is None else window - 1
+
+    def update(
+        self, cache: Cache, new: KV, step: Step, layer: Layer, evidence: Evidence
+    ) -> Cache:
+        (kv,) = cache.groups
+        if layer.spec.window is None:
+            return Cache((write.append(kv, new, step),), cache.extra)
+        return Cache((write.ring(kv, new, step),), cache.extra)
+
+
+@dataclass(frozen=True)
+class Window(Absolute):
+    """Sliding window: a query sees `window` tokens, itself included."""
+
+    window: int = 1024
+
+    def __post_init__(self):
+        at_least("window: window", self.window, 1)
+
+    @property
+    def kept(self) -> int:
+        return self.window - 1
+
+    def capacity(self, layer: Layer, length: int) -> int:
+        return self._narrow(layer).spec.window - 1
+
+    def attend(self, cache, heads, step, layer, sink=None):
+        return super().attend(cache, heads, step, self._narrow(layer), sink)
+
+    def update(
+        self, cache: Cache, new: KV, step: Step, layer: Layer, evidence: Evidence
+    ) -> Cache:
+        (kv,) = cache.groups
+        return Cache((write.ring(kv, new, step),), cache.extra)
+
+    def _narrow(self, layer: Layer) -> Layer:
+        window = min(self.window, layer.spec.window or self.window)
+        spec = dataclasses.replace(layer.spec, window=window)
+        return Layer(layer.index, spec)
+
+
+@dataclass(frozen=True)
+class Streaming(CachePolicy):
+    """StreamingLLM (arXiv 2309.17453): the first tokens, and the most recent ones.
+
+    Keeps sinks + window tokens between calls; a query sees those and itself. Positions
+    are those of the cache: a query sits at min(i, sinks + window). Recent keys are
+    stored rotated at their true positions, which gives the same distances; only the
+    sinks need a second query, rotated at its place in the cache, and the two parts are
+    merged by their log-sum-exp.
+    """
+
+    sinks: int = 4
+    window: int = 1020
+    exact_angles: ClassVar[bool] = True
+
+    def __post_init__(self):
+        at_least("streaming: sinks", self.sinks, 0)
+        at_least("streaming: window", self.window, 1)
+
+    @property
+    def kept(self) -> int:
+        return self.sinks + self.window
+
+    def capacity(self, layer: Layer, length: int) -> int:
+        return self.sinks + self._recent(layer)
+
+    def attend(
+        self,
+        cache: Cache,
+        heads: Heads,
+        step: Step,
+        layer: Layer,
+        sink: Array | None = None,
+    ) -> tuple[Array, Cache]:
+        """See the class: recent band and sinks as two calls of one operation."""
+        (kv,) = cache.groups
+        spec, sinks = layer.spec, self.sinks
+        if spec.rope is not None and spec.rope.dynamic:
+            raise LclmError(
+                f"streaming with RoPE type {spec.rope.kind!r}: its angles change with "
+                "the length; use a fixed type such as yarn or linear"
+            )
+        band = self._recent(layer) + 1
+        q = step.rotate(heads.q, spec.rope)
+        new = read.new_tokens(heads, step, layer)
+        recent = KV(kv.k[:, :, sinks:], kv.v[:, :, sinks:], kv.pos[..., sinks:])
+        parts = [
+            read.over_slots(q, recent.k, recent, step, layer, window=band),
+            read.within_call(q, new, step, layer, window=band, first=sinks),
+        ]
+        kv = write.ring(kv, new, step, sinks)
+        if sinks:
+            at = jnp.minimum(step.positions, sinks + self.window)
+            q_far = heads.q
+            if spec.rope is not None:
+                q_far = step.rotate_to(heads.q, at, exact_angles(spec.rope))
+            first = KV(kv.k[:, :, :sinks], kv.v[:, :, :sinks], kv.pos[..., :sinks])
+            parts.append(
+                read.cached_attention(
+                    q_far,
+                    first.k,
+                    first.v,
+                    step.positions,
+                    first.pos,
+                    scale=spec.scale,
+                    softcap=spec.softcap,
+                )
+            )
+        out, _ = read.combine(parts, sink)
+        return out, Cache((kv,), cache.extra)
+
+    def _recent(self, layer: Layer) -> int:
+        return min(self.window, (layer.spec.window or self.window + 1) - 1)
+
+
+@dataclass(frozen=True)
+class Recompute(CachePolicy):
+    """Sliding window with re-computation: the last `window` tokens, read afresh.
+
+    The baseline of arXiv 2309.17453: nothing is cached, so a token costs a whole
+    window. With `stride` > 1 each pass scores that many tokens, and those see between
+    window - stride + 1 and window tokens.
+    """
+
+    window: int = 1024
+    stride: int = 1
+    recompute: ClassVar[bool] = True
+
+    def __post_init__(self):
+        at_least("recompute: window", self.window, 1)
+        at_least("recompute: stride", self.stride, 1)
+        if self.stride > self.window:
+            raise LclmError(
+                f"recompute: stride {self.stride} exceeds window {self.window}; "
+                "use a stride of at most the window"
+            )
+
+    @property
+    def kept(self) -> int:
+        return self.window
+
+    def capacity(self, layer: Layer, length: int) -> int:
+        return 0
+
+    def init(self, layer: Layer, batch: int, length: int, dtype: Any) -> Cache:
+        return Cache(())

@@ -1,0 +1,147 @@
+"""Reading a cache: attention over slots merged with attention inside the call."""
+
+import jax.numpy as jnp
+from jax import lax
+from pallas_kernels.attention import attention, merge
+from pallas_kernels.decode import cached_attention, column_sums
+
+from lclm.cache.base import KV, Cache, Evidence, Heads, Layer, Needs
+from lclm.cache.step import Step
+from lclm.typing import Array
+from pallas_kernels import mask as masks
+
+
+def new_tokens(heads: Heads, step: Step, layer: Layer, *, rotated: bool = True) -> KV:
+    """A call's keys and values in slot-major form, with their positions."""
+    k = step.rotate(heads.k, layer.spec.rope) if rotated else heads.k
+    return KV(
+        jnp.swapaxes(k, 1, 2),
+        jnp.swapaxes(heads.v, 1, 2),
+        step.positions[:, None],
+    )
+
+
+def stored_keys(kv: KV, step: Step, layer: Layer) -> Array:
+    """Keys of the slots as attention wants them: rotated now if the angles can move."""
+    rope = layer.spec.rope
+    if rope is None or not rope.dynamic:
+        return kv.k
+    rotated = step.rotate_to(jnp.swapaxes(kv.k, 1, 2), kv.pos[:, 0], rope)
+    return jnp.swapaxes(rotated, 1, 2)
+
+
+def absolute(
+    cache: Cache,
+    heads: Heads,
+    step: Step,
+    layer: Layer,
+    sink: Array | None,
+    needs: Needs,
+) -> tuple[Array, Evidence, KV]:
+    """Attention with every token at its own position, over one head group.
+
+    Returns the output, the evidence a policy asked for, and the call's tokens as they
+    are to be stored (unrotated where the layer's RoPE depends on the length).
+    """
+    spec, (kv,) = layer.spec, cache.groups
+    q = step.rotate(heads.q, spec.rope)
+    new = new_tokens(heads, step, layer)
+    old_keys = stored_keys(kv, step, layer)
+    past = over_slots(q, old_keys, kv, step, layer, window=spec.window)
+    inside = within_call(q, new, step, layer, window=spec.window)
+    out, lse = combine([past, inside], sink)
+    evidence = _evidence(q, old_keys, kv, new, lse, heads, step, layer, needs)
+    if spec.rope is not None and spec.rope.dynamic:
+        new = new_tokens(heads, step, layer, rotated=False)
+    return out, evidence, new
+
+
+def over_slots(
+    q: Array, keys: Array, kv: KV, step: Step, layer: Layer, *, window: int | None
+) -> tuple[Array, Array]:
+    """(out, lse) of the call's queries over stored slots."""
+    used = jnp.minimum(jnp.max(step.start), kv.k.shape[2])
+    return cached_attention(
+        q,
+        keys,
+        kv.v,
+        step.positions,
+        kv.pos,
+        window=window,
+        scale=layer.spec.scale,
+        softcap=layer.spec.softcap,
+        length=used,
+    )
+
+
+def within_call(
+    q: Array, new: KV, step: Step, layer: Layer, *, window: int | None, first: int = 0
+) -> tuple[Array, Array]:
+    """(out, lse) of the call's queries over its own tokens from position `first` on."""
+    mask = masks.causal()
+    if window is not None and window < q.shape[1]:
+        mask = mask & masks.window(window)
+    q_ids = jnp.where(step.valid, 1, 0)
+    kv_ids = jnp.where(step.positions >= first, 1, -1)
+    return attention(
+        q,
+        jnp.swapaxes(new.k, 1, 2),
+        jnp.swapaxes(new.v, 1, 2),
+        mask=mask,
+        scale=layer.spec.scale,
+        softcap=layer.spec.softcap,
+        q_segment_ids=q_ids,
+        kv_segment_ids=kv_ids,
+    )
+
+
+def combine(
+    parts: list[tuple[Array, Array]], sink: Array | None
+) -> tuple[Array, Array]:
+    """Merge partial attentions; a learned sink adds exp(sink) to the denominator."""
+    out, lse = merge([o for o, _ in parts], [s for _, s in parts])
+    if sink is None:
+        return out, lse
+    total = jnp.logaddexp(lse, sink.astype(jnp.float32)[None, :, None])
+    weight = jnp.exp(lse - total)
+    scaled = out.astype(jnp.float32) * jnp.swapaxes(weight, 1, 2)[..., None]
+    return scaled.astype(out.dtype), total
+
+
+def _evidence(
+    q: Array,
+    old_keys: Array,
+    kv: KV,
+    new: KV,
+    lse: Array,
+    heads: Heads,
+    step: Step,
+    layer: Layer,
+    needs: Needs,
+) -> Evidence:
+    if not needs.last:
+        mass_old = mass_new = None
+    else:
+        q_last, lse_last, at = _last_queries(q, lse, step, needs.last)
+        shared = {"scale": layer.spec.scale, "softcap": layer.spec.softcap}
+        mass_old = column_sums(q_last, old_keys, lse_last, at, kv.pos, **shared)
+        mass_new = column_sums(q_last, new.k, lse_last, at, new.pos, **shared)
+    return Evidence(
+        mass_old,
+        mass_new,
+        heads.q if needs.queries else None,
+        heads.k if needs.keys else None,
+    )
+
+
+def _last_queries(
+    q: Array, lse: Array, step: Step, count: int
+) -> tuple[Array, Array, Array]:
+    """The last `count` real queries of each row; positions -1 where there are fewer."""
+    width = min(count, q.shape[1])
+    at = step.count[:, None] - width + lax.iota(jnp.int32, width)[None]
+    index = jnp.maximum(at, 0)
+    q_last = jnp.take_along_axis(q, index[:, :, None, None], 1)
+    lse_last = jnp.take_along_axis(lse, index[:, None, :], 2)
+    positions = jnp.take_along_axis(step.positions, index, 1)
+    return q_last, lse_last, jnp.where(at >= 0, positions, -1)

@@ -1,0 +1,91 @@
+"""What every layer of one call shares: positions, segments, rotary tables."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from lclm.config import AttentionSpec, ModelConfig, RopeSpec
+from lclm.ops import rope
+from lclm.typing import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Step:
+    """One call over T tokens of B rows, computed once and read by all layers.
+
+    positions: token's index in its own document or row; -1 marks padding.
+    segments: document ids for packed rows, 0 padding; None where rows are one document.
+    start: tokens each row has read before this call; None without a cache.
+    length: row length that dynamic RoPE types resolve with; None is the longest seen.
+    weigh: this call only gathers evidence (a catalyst): caches keep no token of it.
+    """
+
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"] | None
+    start: Int[Array, " B"] | None
+    length: Int[Array, " B"] | None
+    tables: tuple[tuple[Array, Array], ...]
+    keys: tuple[tuple[RopeSpec, int], ...] = dataclasses.field(
+        metadata={"static": True}
+    )
+    weigh: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def valid(self) -> Array:
+        """bool [B, T]: tokens that are not padding."""
+        return self.positions >= 0
+
+    @property
+    def count(self) -> Int[Array, " B"]:
+        """Real tokens of each row in this call."""
+        return jnp.sum(self.valid, 1, dtype=jnp.int32)
+
+    def rotate(self, x: Float[Array, "B T N H"], spec: RopeSpec | None) -> Array:
+        """Rotate queries or keys of this call to their own positions."""
+        if spec is None:
+            return x
+        cos, sin = self.tables[self.keys.index((spec, x.shape[-1]))]
+        return rope.rotate(x, cos, sin, layout=spec.layout)
+
+    def rotate_to(self, x: Array, positions: Array, spec: RopeSpec | None) -> Array:
+        """Rotate [B, S, heads, H] to other positions [B, S] (negative ones to 0)."""
+        if spec is None:
+            return x
+        at = jnp.maximum(positions, 0)
+        cos, sin = rope.angles(at, spec, x.shape[-1], length=self.length)
+        return rope.rotate(x, cos, sin, layout=spec.layout)
+
+
+def make_step(
+    config: ModelConfig,
+    positions: Int[Array, "B T"],
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    start: Int[Array, " B"] | None = None,
+    length: Int[Array, " B"] | None = None,
+    exact: bool = False,
+    weigh: bool = False,
+) -> Step:
+    """Compute the tables every layer needs; `exact` overrides the angle mode."""
+    specs = [
+        layer.mixer
+        for layer in config.layers
+        if isinstance(layer.mixer, AttentionSpec) and layer.mixer.rope is not None
+    ]
+    keys = tuple(dict.fromkeys((m.rope, m.head_dim) for m in specs))
+    if length is None and any(spec.dynamic for spec, _ in keys):
+        length = jnp.max(positions, 1) + 1
+    at = jnp.maximum(positions, 0)
+    tables = tuple(
+        rope.angles(at, exact_angles(spec) if exact else spec, size, length=length)
+        for spec, size in keys
+    )
+    return Step(positions, segments, start, length, tables, keys, weigh)
+
+
+def exact_angles(spec: RopeSpec) -> RopeSpec:
+    """The same rotation with angles that stay accurate at millions of positions."""
+    return dataclasses.replace(spec, angles="exact")

@@ -1,0 +1,344 @@
+"""The object `lclm.load` returns: a model, its tokenizer, and everything it can do."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lclm import cache as policies
+from lclm import hub
+from lclm.cache.base import CachePolicy, Layer, cache_bytes, measured_bytes
+from lclm.config import ModelConfig
+from lclm.errors import LclmError
+from lclm.models.decoder import Decoder
+from lclm.ops.sampling import Sampler
+from lclm.serve import recompute, snapshot
+from lclm.serve.generate import Request, generate, results
+from lclm.serve.result import Generation, Stats, Stream
+from lclm.serve.session import Engine, Session, dense_logits
+from lclm.typing import Array, Float, Params
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+Prompt = str | Sequence[int] | np.ndarray
+Policy = str | dict[str, Any] | CachePolicy
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: str = "float32",
+    mesh: Any = None,
+    packed: str | None = None,
+) -> "LanguageModel":
+    """Load a known name, a Hugging Face folder, a .gguf file or an lclm checkpoint.
+
+    dtype: "float32" or "bfloat16", of the weights and the cache. packed: "int8" or
+    "int4" keeps GGUF weights as they are shipped. mesh: a `jax.sharding.Mesh` to place
+    the weights on; None leaves them on the default device.
+    """
+    if dtype not in DTYPES:
+        raise LclmError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    bundle = hub.load(source, dtype=DTYPES[dtype], packed=packed)
+    params = jax.tree.map(jnp.asarray, bundle.params)
+    if mesh is not None:
+        from lclm import sharding
+
+        params = sharding.place(params, mesh)
+    return LanguageModel(bundle.config, params, bundle.tokenizer, dtype=DTYPES[dtype])
+
+
+class LanguageModel:
+    """A decoder with its parameters and tokenizer (None where the source has none)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        tokenizer: Any = None,
+        *,
+        dtype: Any = jnp.float32,
+    ):
+        self.config = config
+        self.params = params
+        self.tokenizer = tokenizer
+        self.dtype = dtype
+        self.last_stats = Stats()
+        # A CPU converts bfloat16 activations at every step; there they stay float32.
+        activations = jnp.float32 if jax.default_backend() == "cpu" else dtype
+        self.model = Decoder(config, dtype=activations)
+        self._engine = Engine(config, params, activations, dtype)
+
+    def logits(self, tokens: Any) -> Float[Array, "B T V"]:
+        """float32 [B, T, V]: dense parallel forward over int [B, T]."""
+        tokens = self._tokens(tokens)
+        return dense_logits(
+            self.params, tokens, config=self.config, dtype=self._engine.dtype
+        )
+
+    def nll(
+        self,
+        tokens: Any,
+        cache: Policy = "full",
+        chunk: int = 512,
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """float32 [B, T-1]: loss in nats of each next token under a cache policy.
+
+        Every token is read by the policy's own rule whatever the chunk; policies that
+        compact do so at chunk ends. `progress` is told the tokens read so far.
+        """
+        tokens, policy = self._tokens(tokens), policies.make(cache)
+        rows, length = tokens.shape
+        if length < 2:
+            raise LclmError(
+                f"{length} token per row leaves nothing to predict: give 2+"
+            )
+        began = time.perf_counter()
+        if policy.recompute:
+            out = recompute.nll(self._engine, policy, tokens, progress)
+            held = 0
+        else:
+            session = Session(
+                self._engine, policy, rows=rows, length=length - 1, chunk=chunk
+            )
+            out = session.nll(tokens, progress)
+            held = measured_bytes(session.caches)
+        self.last_stats = Stats(
+            bytes=held,
+            kept=policy.kept,
+            prompt_tokens=rows * (length - 1),
+            prefill_seconds=time.perf_counter() - began,
+        )
+        return out
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 64,
+        cache: Policy = "full",
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        stream: bool = False,
+        chunk: int = 512,
+    ) -> Generation | list[Generation] | Stream:
+        """Continue a prompt (text or tokens), or a list of them as one ragged batch.
+
+        Greedy at temperature 0. With `stream` the result is iterated for text pieces
+        and holds `.result` when done. Several prompts give a list in their order.
+        """
+        sampler = Sampler(temperature, top_k, top_p, min_p)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        request = Request(max_new_tokens, sampler, stop, seed)
+        rows, single = self._rows(prompt)
+        policy = policies.make(cache)
+        if policy.recompute:
+            out = recompute.generate(
+                self._engine, policy, rows, request, self.tokenizer
+            )
+            self.last_stats = out[0].stats
+            return out[0] if single else out
+        if stream and not single:
+            raise LclmError("stream=True takes one prompt; generate them one by one")
+        context = self._read(rows, policy, chunk, extra=max_new_tokens)
+        return context._continue(request, stream=stream, single=single)
+
+    def prefill(
+        self, text: Prompt | Sequence[Prompt], cache: Policy = "full", chunk: int = 512
+    ) -> "Context":
+        """Read once, ask many times: the question is not known yet."""
+        rows, single = self._rows(text)
+        policy = policies.make(cache)
+        if policy.recompute:
+            raise LclmError(
+                "recompute keeps no cache to read into; use it with nll or generate"
+            )
+        context = self._read(rows, policy, chunk)
+        context.single = single
+        return context
+
+    def load_context(self, file: str | Path) -> "Context":
+        """A context that `Context.save` wrote for this same model."""
+        session, stats, single = snapshot.load(file, self._engine)
+        return Context(self, session, stats, single=single)
+
+    def save(self, folder: str | Path, format: str = "hf") -> Path:
+        """Write "hf" (safetensors, config.json, tokenizer) or "orbax"."""
+        writers = {"hf": hub.save_hf, "orbax": hub.save_orbax}
+        if format not in writers:
+            raise LclmError(f"format {format!r}: use one of {', '.join(writers)}")
+        bundle = hub.Bundle(self.config, self.params, self.tokenizer, str(folder))
+        writers[format](folder, bundle)
+        return Path(folder)
+
+    def cache_bytes(self, cache: Policy, length: int, batch: int = 1) -> int:
+        """Bytes a policy's cache takes for rows of `length` tokens, from shapes."""
+        policy, layers = policies.make(cache), self._engine.layers
+        return cache_bytes(policy, layers, batch, length, self._engine.cache_dtype)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, with the start token where the model wants one."""
+        if self.tokenizer is None:
+            raise LclmError(
+                "this model has no tokenizer: give tokens instead of text, or put a "
+                "tokenizer.json beside its weights"
+            )
+        return self.tokenizer.encode(text, bos=self.config.bos is not None)
+
+    def _read(
+        self, rows: list[list[int]], policy: CachePolicy, chunk: int, extra: int = 0
+    ) -> "Context":
+        longest = max(len(r) for r in rows)
+        began = time.perf_counter()
+        session = Session(
+            self._engine, policy, rows=len(rows), length=longest + extra, chunk=chunk
+        )
+        session.read(rows)
+        jax.block_until_ready(session.last)
+        stats = Stats(
+            bytes=measured_bytes(session.caches),
+            kept=policy.kept,
+            prompt_tokens=sum(len(r) for r in rows),
+            prefill_seconds=time.perf_counter() - began,
+        )
+        self.last_stats = stats
+        return Context(self, session, stats)
+
+    def _tokens(self, tokens: Any) -> np.ndarray:
+        """int32 [B, T], every id inside the vocabulary."""
+        array = np.asarray(tokens)
+        if array.ndim == 1:
+            array = array[None]
+        if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
+            raise LclmError(
+                f"tokens have shape {array.shape} and type {array.dtype}; expected "
+                "integers [B, T]"
+            )
+        if array.size == 0:
+            raise LclmError("no tokens: give at least one token per row")
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= self.config.vocab:
+            raise LclmError(
+                f"token {low if low < 0 else high} is outside the vocabulary "
+                f"0..{self.config.vocab - 1}"
+            )
+        return array.astype(np.int32)
+
+    def _rows(self, prompt: Any) -> tuple[list[list[int]], bool]:
+        """Prompts as token rows, and whether there was only one."""
+        single = isinstance(prompt, str) or (
+            len(prompt) > 0 and isinstance(prompt[0], int | np.integer)
+        )
+        if isinstance(prompt, np.ndarray) and prompt.ndim == 2:
+            single = False
+        prompts = [prompt] if single else list(prompt)
+        rows = []
+        for i, each in enumerate(prompts):
+            tokens = self.encode(each) if isinstance(each, str) else each
+            if len(tokens) == 0:
+                raise LclmError(f"prompt {i} is empty: give at least one token")
+            rows.append(self._tokens(tokens)[0].tolist())
+        if not rows:
+            raise LclmError("no prompts: give text, tokens, or a list of them")
+        return rows, single
+
+
+class Context:
+    """Text that has been read: ask it as often as you like."""
+
+    def __init__(
+        self, lm: LanguageModel, session: Session, stats: Stats, *, single: bool = True
+    ):
+        self.lm, self.session, self.stats, self.single = lm, session, stats, single
+
+    def generate(
+        self,
+        question: str | Sequence[int],
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        stream: bool = False,
+    ) -> Generation | list[Generation] | Stream:
+        """Read `question` behind the context and continue; the context is unchanged."""
+        sampler = Sampler(temperature, top_k, top_p, min_p)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        request = Request(max_new_tokens, sampler, stop, seed)
+        if isinstance(question, str):
+            question = self.lm.encode(question)
+            bos = self.lm.config.bos
+            question = (
+                question[1:] if bos is not None and question[:1] == [bos] else question
+            )
+        rows = [list(question)] * self.session.rows
+        session = self.session.fork()
+        began = time.perf_counter()
+        if question:
+            session.read(rows)
+        jax.block_until_ready(session.last)
+        stats = Stats(
+            bytes=measured_bytes(session.caches),
+            kept=session.policy.kept,
+            prompt_tokens=len(question) * session.rows,
+            prefill_seconds=time.perf_counter() - began,
+        )
+        asked = Context(self.lm, session, stats, single=self.single)
+        return asked._continue(request, stream=stream, single=self.single)
+
+    def save(self, file: str | Path) -> None:
+        """Write the compressed cache to one safetensors file."""
+        snapshot.save(file, self.session, self.stats, self.single)
+
+    def _continue(
+        self, request: Request, *, stream: bool, single: bool
+    ) -> Generation | list[Generation] | Stream:
+        """Decode in this context's own session."""
+        steps = generate(
+            self.session, request, self.lm.tokenizer, self.stats, watch=stream
+        )
+        if stream:
+            out = Stream(iter(()))
+            out.pieces = self._pieces(steps, out)
+            return out
+        made = [Generation("", [], self.stats) for _ in range(self.session.rows)]
+        for rows in steps:
+            made = results(rows, self.stats)
+        self.stats.bytes = max(self.stats.bytes, measured_bytes(self.session.caches))
+        self.lm.last_stats = self.stats
+        return made[0] if single else made
+
+    def _pieces(self, steps: Iterator, out: Stream) -> Iterator:
+        sent = 0
+        rows = []
+        for rows in steps:
+            (row,) = rows
+            if self.lm.tokenizer is None:
+                yield from row.tokens[sent:]
+                sent = len(row.tokens)
+            elif piece := row.ready():
+                yield piece
+        made = results(rows, self.stats) if rows else [Generation("", [], self.stats)]
+        out.result = made[0]
+        self.lm.last_stats = self.stats
+
+
+def layers_of(config: ModelConfig) -> tuple[Layer, ...]:
+    """Every layer of a model as cache policies know it."""
+    return tuple(Layer(i, s.mixer) for i, s in enumerate(config.layers))
+
+
+__all__ = ["Context", "LanguageModel", "load"]

@@ -1,0 +1,187 @@
+"""The only model: an embedding, a stack of layers described by data, a norm, a head."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lclm.blocks.attention import INIT, Scale
+from lclm.blocks.layer import DecoderLayer
+from lclm.cache.base import CachePolicy
+from lclm.cache.step import Step, make_step
+from lclm.config import ModelConfig, Run
+from lclm.ops.linear import linear
+from lclm.ops.packed import PackedWeight
+from lclm.typing import Array, Float, Int, Params
+
+Caches = tuple[Any, ...]
+
+
+class Table(nn.Module):
+    """Token embeddings [V, D]."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B T"], dtype: Any) -> Array:
+        config = self.config
+        table = self.param("table", INIT, (config.vocab, config.width))
+        if isinstance(table, PackedWeight):
+            rows = table.take(tokens, dtype)
+        else:
+            rows = table[tokens].astype(dtype)
+        if config.embed_scale is not None:
+            # Hugging Face rounds the factor to the type the model is stored in.
+            rows = rows * jnp.asarray(config.embed_scale, table.dtype).astype(dtype)
+        return rows
+
+
+class Head(nn.Module):
+    """The output matrix of an untied model; `logits` applies it."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return self.param("weight", INIT, (self.config.vocab, self.config.width))
+
+
+class Group(nn.Module):
+    """The layers one scan repeats."""
+
+    run: Run
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Array, step: Step) -> tuple[Array, None]:
+        for j, spec in enumerate(self.run.group):
+            x, _ = DecoderLayer(spec, self.width, name=f"block_{j}")(x, step)
+        return x, None
+
+
+class Decoder(nn.Module):
+    """tokens -> final hidden states, and the caches where they were given.
+
+    `scan` runs each repeated group as one `lax.scan` over stacked parameters (see
+    `stack_params`): compile time then does not grow with depth. `remat` recomputes
+    each group in the backward pass. `dtype` is the type of the residual stream.
+    """
+
+    config: ModelConfig
+    policy: CachePolicy | None = None
+    scan: bool = False
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+        caches: Caches | None = None,
+        *,
+        start: Int[Array, " B"] | None = None,
+        length: Int[Array, " B"] | None = None,
+        weigh: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Caches | None]:
+        config = self.config
+        if positions is None:
+            positions = jnp.broadcast_to(
+                jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
+            )
+        step = make_step(
+            config,
+            positions,
+            segments=segments,
+            start=start,
+            length=length,
+            exact=self.policy is not None and self.policy.exact_angles,
+            weigh=weigh,
+        )
+        x = Table(config, name="embed")(tokens, self.dtype)
+        if not config.tied:
+            Head(config, name="head")()
+        if self.scan:
+            x = self._scanned(x, step)
+        else:
+            x, caches = self._unrolled(x, step, caches)
+        return Scale(config.norm.eps, config.norm.offset, name="final_norm")(x), caches
+
+    def _unrolled(
+        self, x: Array, step: Step, caches: Caches | None
+    ) -> tuple[Array, Caches | None]:
+        new = []
+        layer_class = nn.remat(DecoderLayer) if self.remat else DecoderLayer
+        for i, spec in enumerate(self.config.layers):
+            layer = layer_class(
+                spec, self.config.width, i, self.policy, name=f"layers_{i}"
+            )
+            x, cache = layer(x, step, None if caches is None else caches[i])
+            new.append(cache)
+        return x, None if caches is None else tuple(new)
+
+    def _scanned(self, x: Array, step: Step) -> Array:
+        group = nn.remat(Group, prevent_cse=False) if self.remat else Group
+        for r, run in enumerate(self.config.stack):
+            stacked = nn.scan(
+                group,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=run.repeats,
+            )
+            x, _ = stacked(run, self.config.width, name=f"run_{r}")(x, step)
+        return x
+
+
+def init_params(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
+    """Fresh parameters, one sub-tree per layer."""
+    params = Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def unembed(
+    config: ModelConfig, params: Params, hidden: Float[Array, "... D"]
+) -> Float[Array, "... V"]:
+    """float32 logits of final hidden states."""
+    logits = linear(hidden, output_table(config, params)).astype(jnp.float32)
+    if config.final_softcap is not None:
+        logits = jnp.tanh(logits / config.final_softcap) * config.final_softcap
+    return logits
+
+
+def output_table(config: ModelConfig, params: Params) -> Array:
+    """The [V, D] matrix that turns hidden states into logits."""
+    return params["embed"]["table"] if config.tied else params["head"]["weight"]
+
+
+def stack_params(config: ModelConfig, params: Params) -> Params:
+    """Per-layer parameters -> one stacked sub-tree per run, as `scan=True` reads."""
+    out = {k: v for k, v in params.items() if not k.startswith("layers_")}
+    at = 0
+    for r, run in enumerate(config.stack):
+        size = len(run.group)
+        out[f"run_{r}"] = {
+            f"block_{j}": jax.tree.map(
+                lambda *leaves: jnp.stack(leaves),
+                *(params[f"layers_{at + n * size + j}"] for n in range(run.repeats)),
+            )
+            for j in range(size)
+        }
+        at += size * run.repeats
+    return out
+
+
+def unstack_params(config: ModelConfig, params: Params) -> Params:
+    """The inverse of `stack_params`."""
+    out = {k: v for k, v in params.items() if not k.startswith("run_")}
+    at = 0
+    for r, run in enumerate(config.stack):
+        for n in range(run.repeats):
+            for j in range(len(run.group)):
+                block = params[f"run_{r}"][f"block_{j}"]
+                out[f"layers_{at}"] = jax.tree.map(lambda leaf, n=n: leaf[n], block)
+                at += 1
+    return out

@@ -1,0 +1,74 @@
+"""The one matrix product of every projection, with the form each backend is fast in.
+
+Weights are [out, in]: what Hugging Face stores, so nothing is transposed on load, and
+what a CPU matrix-vector product reads in order.
+
+On a CPU three things decide speed (measured, see benchmarks/linear.py):
+* a product with one row of 16-bit operands falls to a scalar loop, so rows are padded
+  to four;
+* inside a loop XLA runs fused elementwise reductions on one thread but matrix products
+  on all of them, so decoding must stay a product, never multiply-and-sum;
+* without AMX tiles 16-bit products run at half the speed of float32 ones, so many rows
+  are worth widening the weights for.
+"""
+
+import functools
+import math
+
+import jax.numpy as jnp
+from jax import lax
+
+from lclm.ops.packed import PackedWeight
+from lclm.typing import Array, Float
+
+WIDEN_ROWS = 96
+PAD_ROWS = 4
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether this machine's CPU has bfloat16 matrix tiles."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return "amx_bf16" in file.read()
+    except OSError:
+        return False
+
+
+def linear(
+    x: Float[Array, "... I"],
+    weight: Float[Array, "O I"] | PackedWeight,
+    bias: Float[Array, " O"] | None = None,
+) -> Float[Array, "... O"]:
+    """x W^T + b in x's type, accumulated in float32."""
+    if isinstance(weight, PackedWeight):
+        weight = weight.dequantize(x.dtype)
+    if weight.dtype == jnp.float32:
+        y = _product(x, weight)
+    else:
+        y = lax.platform_dependent(x, weight, cpu=_narrow_cpu, default=_product)
+    if bias is not None:
+        y = y + bias.astype(y.dtype)
+    return y
+
+
+def _product(x: Array, weight: Array) -> Array:
+    """One product in the weight's type."""
+    axes = (((x.ndim - 1,), (1,)), ((), ()))
+    y = lax.dot_general(
+        x.astype(weight.dtype), weight, axes, preferred_element_type=jnp.float32
+    )
+    return y.astype(x.dtype)
+
+
+def _narrow_cpu(x: Array, weight: Array) -> Array:
+    """16-bit weights on a CPU."""
+    rows = math.prod(x.shape[:-1])
+    if rows < PAD_ROWS:
+        flat = jnp.pad(x.reshape(rows, -1), ((0, PAD_ROWS - rows), (0, 0)))
+        return _product(flat, weight)[:rows].reshape(*x.shape[:-1], -1)
+    if rows >= WIDEN_ROWS and not has_amx():
+        return _product(x.astype(jnp.float32), weight.astype(jnp.float32)).astype(
+            x.dtype
+        )
+    return _product(x, weight)

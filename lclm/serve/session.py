@@ -1,0 +1,391 @@
+"""Driving a model through a cache: chunked reading, overflow steps, decoding.
+
+All shapes are static: rows are read left-aligned in chunks of one size (the tail in a
+smaller bucket), padded on the right with positions of -1 that no cache keeps.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lclm.cache.base import Cache, CachePolicy, Layer, cache_bytes
+from lclm.config import ModelConfig
+from lclm.errors import LclmError
+from lclm.models.decoder import Decoder, output_table, unembed
+from lclm.ops.loss import token_nll
+from lclm.ops.sampling import Sampler, sample
+from lclm.serve import memory
+from lclm.typing import Array, Params
+
+BUCKETS = (16, 64, 256)
+NLL_TOKENS = 128  # rows of logits held at a time
+
+Rows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What does not change between sessions: the model and how it is run.
+
+    `dtype` is the type of activations; `cache_dtype` that of stored keys and values.
+    """
+
+    config: ModelConfig
+    params: Params
+    dtype: Any
+    cache_dtype: Any
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer as policies know it."""
+        return tuple(Layer(i, s.mixer) for i, s in enumerate(self.config.layers))
+
+
+def _positions(start: Array, count: Array, width: int) -> Array:
+    offset = lax.iota(jnp.int32, width)[None]
+    return jnp.where(offset < count[:, None], start[:, None] + offset, -1)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "policy", "dtype"),
+    donate_argnames=("caches", "last"),
+)
+def _read_last(
+    params, caches, last, tokens, start, count, length, *, config, policy, dtype
+):
+    """Read a chunk; `last` takes the final hidden state of rows that ended in it."""
+    model = Decoder(config, policy, dtype=dtype)
+    hidden, caches = model.apply(
+        {"params": params},
+        tokens,
+        _positions(start, count, tokens.shape[1]),
+        caches=caches,
+        start=start,
+        length=length,
+    )
+    at = jnp.maximum(count - 1, 0)[:, None, None]
+    here = jnp.take_along_axis(hidden, at, 1)[:, 0]
+    return caches, jnp.where(count[:, None] > 0, here, last)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "policy", "dtype"), donate_argnames="caches"
+)
+def _read_nll(
+    params, caches, tokens, targets, start, count, length, *, config, policy, dtype
+):
+    """Read a chunk and return each token's loss of predicting `targets`."""
+    positions = _positions(start, count, tokens.shape[1])
+    hidden, caches = Decoder(config, policy, dtype=dtype).apply(
+        {"params": params},
+        tokens,
+        positions,
+        caches=caches,
+        start=start,
+        length=length,
+    )
+    nll = token_nll(
+        hidden,
+        output_table(config, params),
+        targets,
+        chunk=NLL_TOKENS,
+        softcap=config.final_softcap,
+    )
+    if policy.needs.nll:
+        caches = tuple(policy.observe(c, nll, positions) for c in caches)
+    return caches, nll
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "policy", "dtype"), donate_argnames="caches"
+)
+def _overflow(params, caches, tokens, start, length, *, config, policy, dtype):
+    """The overflow step: let caches weigh a catalyst (kept by none), then compact."""
+    layers = [Layer(i, s.mixer) for i, s in enumerate(config.layers)]
+    if tokens.shape[1]:
+        positions = _positions(
+            start, jnp.full_like(start, tokens.shape[1]), tokens.shape[1]
+        )
+        _, caches = Decoder(config, policy, dtype=dtype).apply(
+            {"params": params},
+            tokens,
+            positions,
+            caches=caches,
+            start=start,
+            length=length,
+            weigh=True,
+        )
+    return tuple(
+        policy.compact(c, layer) for c, layer in zip(caches, layers, strict=True)
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "policy", "dtype", "sampler", "steps"),
+    donate_argnames=("caches", "hidden"),
+)
+def _decode(
+    params,
+    caches,
+    hidden,
+    start,
+    active,
+    keys,
+    limit,
+    eos,
+    *,
+    config,
+    policy,
+    dtype,
+    sampler,
+    steps,
+):
+    """Up to `limit` <= `steps` tokens a row in one loop; -1 where a row has ended."""
+    model = Decoder(config, policy, dtype=dtype)
+    rows = start.shape[0]
+
+    def body(state):
+        i, caches, hidden, start, active, out = state
+        logits = unembed(config, params, hidden)
+        draw = jax.vmap(jax.random.fold_in)(keys, start)
+        token = sample(logits, draw, sampler)
+        active = active & ~jnp.any(token[:, None] == eos[None], 1)
+        out = lax.dynamic_update_slice(
+            out, jnp.where(active, token, -1)[:, None], (0, i)
+        )
+        h, caches = model.apply(
+            {"params": params},
+            token[:, None],
+            jnp.where(active, start, -1)[:, None],
+            caches=caches,
+            start=start,
+            length=start + 1,
+        )
+        hidden = jnp.where(active[:, None], h[:, 0], hidden)
+        return i + 1, caches, hidden, start + active, active, out
+
+    def more(state):
+        return (state[0] < limit) & jnp.any(state[4])
+
+    out = jnp.full((rows, steps), -1, jnp.int32)
+    state = (jnp.int32(0), caches, hidden, start, active, out)
+    _, caches, hidden, start, active, out = lax.while_loop(more, body, state)
+    return caches, hidden, start, active, out
+
+
+def pieces(tokens: int, chunk: int) -> list[int]:
+    """Static call widths that cover `tokens`: whole chunks, then the nearest bucket."""
+    whole, tail = divmod(tokens, chunk)
+    sizes = [chunk] * whole
+    if tail:
+        sizes.append(min([b for b in BUCKETS if tail <= b < chunk], default=chunk))
+    return sizes
+
+
+class Session:
+    """Rows of one batch, the caches they filled, and how far each has been read."""
+
+    def __init__(
+        self, engine: Engine, policy: CachePolicy, *, rows: int, length: int, chunk: int
+    ):
+        """Allocate for `rows` rows of `length` tokens, `chunk` read at a time."""
+        if chunk < 1:
+            raise LclmError(f"chunk is {chunk}; it must be at least 1 token")
+        self.engine, self.policy = engine, policy
+        room = policy.overflow.room if policy.overflow else None
+        self.chunk = chunk if room is None else min(chunk, room)
+        self.length = length
+        self._check(rows, length)
+        self.caches: tuple[Cache, ...] = tuple(
+            policy.init(layer, rows, length, engine.cache_dtype)
+            for layer in engine.layers
+        )
+        self.start = np.zeros(rows, np.int32)
+        self.last = jnp.zeros((rows, engine.config.width), engine.dtype)
+        self.free = None if room is None else (policy.kept or 0) + room
+
+    @property
+    def rows(self) -> int:
+        """Batch size."""
+        return len(self.start)
+
+    def fork(self) -> "Session":
+        """An independent copy: what it reads leaves this one as it is."""
+        twin = object.__new__(Session)
+        twin.__dict__.update(self.__dict__)
+        twin.caches = jax.tree.map(jnp.copy, self.caches)
+        twin.last = jnp.copy(self.last)
+        twin.start = self.start.copy()
+        return twin
+
+    def reserve(self, length: int) -> None:
+        """Make room for rows of `length` tokens; stored slots keep their places."""
+        if length <= self.length:
+            return
+        self._check(self.rows, length)
+        policy, layers = self.policy, self.engine.layers
+
+        def widen(old: Array, new: jax.ShapeDtypeStruct) -> Array:
+            pads = [(0, n - o) for o, n in zip(old.shape, new.shape, strict=True)]
+            empty = -1 if jnp.issubdtype(old.dtype, jnp.integer) else 0
+            return (
+                jnp.pad(old, pads, constant_values=empty)
+                if any(p for _, p in pads)
+                else old
+            )
+
+        shapes = jax.eval_shape(
+            lambda: tuple(
+                policy.init(layer, self.rows, length, self.engine.cache_dtype)
+                for layer in layers
+            )
+        )
+        self.caches = jax.tree.map(widen, self.caches, shapes)
+        self.length = length
+
+    def read(self, rows: Rows) -> None:
+        """Read more tokens of every row (rows may differ in length)."""
+        total = jnp.asarray(self.start + [len(r) for r in rows], jnp.int32)
+        for tokens, count in self._chunks(rows):
+            self.caches, self.last = _read_last(
+                self.engine.params,
+                self.caches,
+                self.last,
+                tokens,
+                jnp.asarray(self.start),
+                jnp.asarray(count),
+                total,
+                **self._static(),
+            )
+            self.start = self.start + count
+
+    def nll(
+        self, rows: np.ndarray, progress: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """float32 [B, T-1]: each token's loss given those before it."""
+        losses = []
+        total = jnp.asarray(self.start + rows.shape[1] - 1, jnp.int32)
+        for tokens, count in self._chunks(rows[:, :-1]):
+            at = int(self.start[0])
+            targets = np.zeros(tokens.shape, np.int32)
+            real = rows[:, at + 1 : at + 1 + tokens.shape[1]]
+            targets[:, : real.shape[1]] = real
+            self.caches, nll = _read_nll(
+                self.engine.params,
+                self.caches,
+                tokens,
+                targets,
+                jnp.asarray(self.start),
+                jnp.asarray(count),
+                total,
+                **self._static(),
+            )
+            losses.append(np.asarray(nll[:, : int(count[0])]))
+            self.start = self.start + count
+            if progress is not None:
+                progress(int(self.start[0]))
+        return np.concatenate(losses, 1)
+
+    def decode(
+        self,
+        active: np.ndarray,
+        keys: Array,
+        *,
+        sampler: Sampler,
+        limit: int,
+        steps: int,
+        eos: tuple[int, ...],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Up to `limit` more tokens of active rows -> (tokens [B, limit], active)."""
+        if self.free is not None:
+            limit = min(limit, self.policy.overflow.room)
+            self._make_room(limit)
+        self.caches, self.last, start, alive, out = _decode(
+            self.engine.params,
+            self.caches,
+            self.last,
+            jnp.asarray(self.start),
+            jnp.asarray(active),
+            keys,
+            jnp.int32(limit),
+            jnp.asarray(eos or (-1,), jnp.int32),
+            sampler=sampler,
+            steps=steps,
+            **self._static(),
+        )
+        self.start = np.asarray(start)
+        return np.asarray(out)[:, :limit], np.asarray(alive)
+
+    def _chunks(self, rows: Rows):
+        """Left-aligned pieces of all rows: (tokens [B, T], count [B])."""
+        lengths = np.array([len(r) for r in rows], np.int32)
+        sizes = pieces(int(lengths.max()), self.chunk)
+        self.reserve(int(self.start.max()) + sum(sizes))
+        done = 0
+        for size in sizes:
+            count = np.clip(lengths - done, 0, size).astype(np.int32)
+            tokens = np.zeros((len(rows), size), np.int32)
+            for b, row in enumerate(rows):
+                tokens[b, : count[b]] = row[done : done + count[b]]
+            self._make_room(size)
+            yield tokens, count
+            done += size
+
+    def _make_room(self, tokens: int) -> None:
+        """Run the policy's overflow step if `tokens` more would not fit."""
+        if self.free is None:
+            return
+        if tokens > self.free:
+            catalyst = np.tile(
+                np.asarray(self.policy.overflow.tokens, np.int32), (self.rows, 1)
+            )
+            self.caches = _overflow(
+                self.engine.params,
+                self.caches,
+                catalyst,
+                jnp.asarray(self.start),
+                jnp.asarray(self.start + catalyst.shape[1]),
+                **self._static(),
+            )
+            self.free = self.policy.overflow.room
+        self.free -= tokens
+
+    def _static(self) -> dict[str, Any]:
+        return {
+            "config": self.engine.config,
+            "policy": self.policy,
+            "dtype": self.engine.dtype,
+        }
+
+    def _check(self, rows: int, length: int) -> None:
+        limit = getattr(self.policy, "limit", None)
+        if limit is not None and length > limit:
+            raise LclmError(
+                f"{length} tokens do not fit a full cache of limit={limit}; raise the "
+                "limit, shorten the prompt, or use a bounded policy such as "
+                "'streaming:sinks=4,window=1020'"
+            )
+        need = cache_bytes(
+            self.policy, self.engine.layers, rows, length, self.engine.cache_dtype
+        )
+        memory.require(
+            need,
+            f"the cache of {rows} x {length} tokens",
+            "shorten the text, use fewer rows, or a bounded policy such as "
+            "'streaming:sinks=4,window=1020'",
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def dense_logits(params, tokens, *, config, dtype) -> Array:
+    """float32 [B, T, V] of a dense parallel pass."""
+    hidden, _ = Decoder(config, dtype=dtype).apply({"params": params}, tokens)
+    return unembed(config, params, hidden)
