@@ -1,0 +1,104 @@
+"""One attention operation for every mask."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.attention.spec import Spec
+from pallas_kernels.mask import Mask
+
+__all__ = ["attention", "merge"]
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: Mask,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: jax.Array | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    offset: int = 0,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention of `q` [B, T, N, H] over `k` [B, S, K, H], `v` [B, S, K, E].
+
+    Query head i reads kv head i // (N / K). Query t sits at key position
+    `offset + t`. `scale` defaults to H ** -0.5; `softcap` bounds scores by a tanh;
+    `sink` [N] is a learned logit that adds exp(sink) to the denominator. Segment ids
+    [B, T] and [B, S] hide keys of other segments. Returns the output [B, T, N, E]
+    in the type of `v` and the float32 log of the denominator [B, N, T]; a row that
+    sees nothing gives 0 and -inf. Differentiable in q, k, v and sink, through both
+    results. Raises ValueError on shapes that do not fit together.
+    """
+    _check(q, k, v, mask, sink, (q_segment_ids, kv_segment_ids))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}={value}: must be positive and finite, or None")
+    spec = Spec(mask, scale, softcap, int(offset))
+    call = dispatch.Call(spec, q.shape, k.shape, q.dtype, dispatch.platform())
+    run = dispatch.select(call, implementation)
+    return run(spec, q, k, v, sink, q_segment_ids, kv_segment_ids)
+
+
+def merge(
+    outs: Sequence[jax.Array], lses: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Join attentions of the same queries over disjoint keys.
+
+    `outs` are [B, T, N, H], `lses` [B, N, T]. A part with lse -inf has no weight; a
+    row empty in all parts stays 0 and -inf. A learned sink belongs in one part only.
+    """
+    if not outs or len(outs) != len(lses):
+        raise ValueError(
+            f"{len(outs)} outs and {len(lses)} lses: needs one lse for each of at "
+            "least one out; pass the pairs that attention returned"
+        )
+    stats = jnp.stack([x.astype(jnp.float32) for x in lses])
+    top = jax.lax.stop_gradient(stats.max(0))
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    weights = jnp.exp(stats - top)
+    total = weights.sum(0)
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
+    shares = jnp.swapaxes(weights / total, -1, -2)[..., None]
+    out = sum(
+        share * x.astype(jnp.float32) for share, x in zip(shares, outs, strict=True)
+    )
+    return out.astype(outs[0].dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
+
+
+def _check(q, k, v, mask, sink, segment_ids) -> None:
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    if not isinstance(mask, Mask):
+        raise ValueError(f"mask={mask!r}: must be a Mask; use pallas_kernels.mask")
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"{shapes}: all must be [batch, length, heads, width]")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
+        raise ValueError(f"{shapes}: batch, keys and kv heads must agree; align them")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"{shapes}: q and k must have one head width; project to it")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"{shapes}: {k.shape[2]} kv heads must divide {q.shape[2]} query heads"
+        )
+    if sink is not None and sink.shape != (q.shape[2],):
+        raise ValueError(
+            f"sink {sink.shape}: must be one logit per query head ({q.shape[2]},)"
+        )
+    if (segment_ids[0] is None) != (segment_ids[1] is None):
+        raise ValueError(
+            "q_segment_ids and kv_segment_ids: only one was given; pass both or none"
+        )
+    for name, ids, x in zip(("q", "kv"), segment_ids, (q, k), strict=True):
+        if ids is not None and ids.shape != x.shape[:2]:
+            raise ValueError(
+                f"{name}_segment_ids {ids.shape}: must be {x.shape[:2]}, one id a token"
+            )

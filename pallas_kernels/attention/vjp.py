@@ -1,0 +1,136 @@
+"""Block-wise attention with a gradient of its own.
+
+The backward pass recomputes weights tile by tile from the saved log-sum-exp
+(FlashAttention-2, arXiv 2307.08691, algorithm 2). The log-sum-exp is an output with a
+cotangent, so partial attentions may be merged and differentiated.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.attention import xla
+from pallas_kernels.attention.spec import Spec
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(spec: Spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
+    """Attention output [B, T, N, H] and float32 log-sum-exp [B, N, T]."""
+    return _run(spec, q, k, v, sink, q_segment_ids, kv_segment_ids)
+
+
+_run = jax.jit(xla.forward, static_argnums=0)
+
+
+def _save(spec: Spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
+    out, lse = _run(spec, q, k, v, sink, q_segment_ids, kv_segment_ids)
+    return (out, lse), (q, k, v, sink, q_segment_ids, kv_segment_ids, out, lse)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _backward(spec: Spec, saved, cotangents):
+    q, k, v, sink, q_segment_ids, kv_segment_ids, out, lse = saved
+    d_out, d_lse = cotangents
+    delta = jnp.einsum("btnh,btnh->bnt", d_out, out, preferred_element_type=jnp.float32)
+    delta = delta - d_lse.astype(jnp.float32)
+    d_sink = None
+    if sink is not None:
+        share = jnp.exp(sink.astype(jnp.float32)[None, :, None] - lse)
+        d_sink = -(share * delta).sum((0, 2)).astype(sink.dtype)
+    classes = xla.head_classes(spec, q.shape[2], k.shape[2])
+    d_q, d_k, d_v = [], None, None
+    for c in classes:
+        parts = _backward_class(
+            c.spec, xla.take(q, c.query), xla.take(k, c.kv), xla.take(v, c.kv),
+            (q_segment_ids, kv_segment_ids), xla.take(d_out, c.query),
+            xla.take(lse, c.query, 1), xla.take(delta, c.query, 1),
+        )  # fmt: skip
+        d_q.append(parts[0])
+        if len(classes) == 1:
+            d_k, d_v = parts[1], parts[2]
+            continue
+        heads = np.array(c.kv)
+        d_k = jnp.zeros(k.shape, jnp.float32) if d_k is None else d_k
+        d_v = jnp.zeros(v.shape, jnp.float32) if d_v is None else d_v
+        d_k = d_k.at[:, :, heads].add(parts[1])
+        d_v = d_v.at[:, :, heads].add(parts[2])
+    d_q = xla.join(d_q, classes, 2)
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), d_sink
+
+
+def _backward_class(spec, q, k, v, segments, d_out, lse, delta):
+    tiling = xla.Tiling.of(spec, q, k)
+    p, T, K = tiling.plan, q.shape[1], k.shape[2]
+    compute = xla.compute_dtype(q.dtype)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    segments = xla.pad_segments(tiling, *segments)
+    q, d_out = tiling.pad_rows(q), tiling.pad_rows(d_out)
+    # Rows that saw nothing, and rows of padding, get weight exp(-inf) = 0.
+    lse = jnp.where(jnp.isfinite(lse), lse, -xla.HIDDEN)
+    lse = tiling.pad_rows(lse, 2, -xla.HIDDEN)
+    delta = tiling.pad_rows(delta, 2)
+
+    def block(r, carry, b, g, k_heads, v_heads):
+        d_q, d_k, d_v = carry
+        rows = tiling.rows(q, b, g, r).astype(jnp.float32) * spec.scale
+        rows, d_rows = rows.astype(compute), tiling.rows(d_out, b, g, r)
+        d_rows = d_rows.astype(compute)
+        own_lse = tiling.vector(lse, b, g, r)[..., None]
+        own_delta = tiling.vector(delta, b, g, r)[..., None]
+
+        def step(state, start, size, seen):
+            acc, d_k, d_v = state
+            k_tile = xla.slice_keys(k_heads, start, size)
+            v_tile = xla.slice_keys(v_heads, start, size)
+            raw, scores = tiling.scores(rows, k_tile, seen)
+            weights = jnp.exp(scores - own_lse)
+            d_scores = product("nqh,nkh->nqk", d_rows, v_tile) - own_delta
+            d_scores = weights * d_scores
+            if spec.softcap is not None:
+                d_scores *= 1.0 - jnp.square(jnp.tanh(raw / spec.softcap))
+            d_scores = d_scores.astype(compute)
+            acc = acc + product("nqk,nkh->nqh", d_scores, k_tile)
+            d_k = _add(d_k, product("nqk,nqh->nkh", d_scores, rows), start)
+            weights = weights.astype(compute)
+            d_v = _add(d_v, product("nqk,nqh->nkh", weights, d_rows), start)
+            return acc, d_k, d_v
+
+        acc = jnp.zeros((*rows.shape[:2], k.shape[3]))
+        ids = None if segments is None else (segments[0][b], segments[1][b])
+        acc, d_k, d_v = tiling.loop(r, ids, step, (acc, d_k, d_v))
+        return tiling.put_rows(d_q, acc * spec.scale, b, g, r), d_k, d_v
+
+    def heads(n, carry):
+        d_q, d_k, d_v = carry
+        b, g = n // (K // p.batch), n % (K // p.batch)
+        k_heads, v_heads = tiling.heads(k, b, g), tiling.heads(v, b, g)
+        body = functools.partial(block, b=b, g=g, k_heads=k_heads, v_heads=v_heads)
+        zeros = [jnp.zeros(x.shape, jnp.float32) for x in (k_heads, v_heads)]
+        d_q, *own = lax.fori_loop(0, p.rows, body, (d_q, *zeros))
+        return d_q, _put_heads(d_k, own[0], b, g), _put_heads(d_v, own[1], b, g)
+
+    zeros = (jnp.zeros(q.shape, q.dtype), jnp.zeros_like(k), jnp.zeros_like(v))
+    count = k.shape[0] * (K // p.batch)
+    d_q, d_k, d_v = lax.fori_loop(0, count, heads, zeros)
+    return d_q[:, :T], d_k, d_v
+
+
+def _add(total, part, start):
+    old = xla.slice_keys(total, start, part.shape[1])
+    return lax.dynamic_update_slice(total, old + part, (0, start, 0))
+
+
+def _put_heads(total, part, b, g):
+    part = part[:, : total.shape[1]].transpose(1, 0, 2)[None].astype(total.dtype)
+    return lax.dynamic_update_slice(total, part, (b, 0, g * part.shape[2], 0))
+
+
+def _apply(spec: Spec, saved, cotangents):
+    d_q, d_k, d_v, d_sink = _backward(spec, saved, cotangents)
+    return d_q, d_k, d_v, d_sink, None, None
+
+
+attend.defvjp(_save, _apply)

@@ -1,0 +1,294 @@
+"""Block-wise attention in plain XLA: online softmax over the tiles of a plan.
+
+Two nested loops with traced trip counts walk the visible tiles only, so compile time
+and temporaries do not grow with the number of blocks. The query heads of a kv head
+are rows of one matrix product; keys and values are never repeated.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.attention.plan import Plan, plan
+from pallas_kernels.attention.spec import Spec
+
+HIDDEN = -1e30  # score of a masked pair; its weight is exactly 0
+
+
+@functools.cache
+def _matrix_units() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX)."""
+    info = pathlib.Path("/proc/cpuinfo")
+    return info.exists() and "amx_bf16" in info.read_text()
+
+
+def compute_dtype(dtype) -> jnp.dtype:
+    """Operand type of the matrix products; float32 where bfloat16 would be slower."""
+    cpu = jax.default_backend() == "cpu"
+    fast = jnp.dtype(dtype) == jnp.bfloat16 and (not cpu or _matrix_units())
+    return jnp.dtype(jnp.bfloat16 if fast else jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadClass:
+    """Query heads under one mask and the kv heads they read, equal groups each."""
+
+    spec: Spec
+    query: tuple[int, ...]
+    kv: tuple[int, ...]
+
+
+def head_classes(spec: Spec, heads: int, kv_heads: int) -> list[HeadClass]:
+    """Split heads by mask; a kv head whose group is divided is read once per part."""
+    masks = spec.mask.layout(heads)
+    if len(masks) == 1:
+        mask = dataclasses.replace(spec, mask=masks[0])
+        return [HeadClass(mask, tuple(range(heads)), tuple(range(kv_heads)))]
+    group = heads // kv_heads
+    members: dict[tuple, dict[int, list[int]]] = {}
+    for kv in range(kv_heads):
+        parts: dict = {}
+        for head in range(kv * group, (kv + 1) * group):
+            parts.setdefault(masks[head], []).append(head)
+        for mask, part in parts.items():
+            members.setdefault((mask, len(part)), {})[kv] = part
+    return [
+        HeadClass(
+            dataclasses.replace(spec, mask=mask),
+            tuple(head for part in parts.values() for head in part),
+            tuple(parts),
+        )
+        for (mask, _), parts in members.items()
+    ]
+
+
+def take(x, heads: tuple[int, ...], axis: int = 2):
+    """The given heads of `x`, without a copy where they are all of them."""
+    if x is None or heads == tuple(range(x.shape[axis])):
+        return x
+    return jnp.take(x, np.array(heads), axis=axis)
+
+
+def join(parts: list, classes: list[HeadClass], axis: int):
+    """Put the query heads of all classes back in order."""
+    if len(parts) == 1:
+        return parts[0]
+    order = np.argsort([head for c in classes for head in c.query])
+    return jnp.take(jnp.concatenate(parts, axis), order, axis=axis)
+
+
+def forward(spec: Spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
+    """Attention output [B, T, N, H] and float32 log-sum-exp [B, N, T]."""
+    classes = head_classes(spec, q.shape[2], k.shape[2])
+    outs, lses = [], []
+    for c in classes:
+        out, lse = _forward_class(
+            c.spec, take(q, c.query), take(k, c.kv), take(v, c.kv),
+            take(sink, c.query, 0), q_segment_ids, kv_segment_ids,
+        )  # fmt: skip
+        outs.append(out)
+        lses.append(lse)
+    return join(outs, classes, 2), join(lses, classes, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """A plan bound to one call: loads tiles of queries, keys and masks."""
+
+    spec: Spec
+    plan: Plan
+    group: int
+    keys: int
+
+    @classmethod
+    def of(cls, spec: Spec, q, k) -> "Tiling":
+        """The tiling of a call whose heads all use `spec.mask`."""
+        T, S, K = q.shape[1], k.shape[1], k.shape[2]
+        group = q.shape[2] // K
+        return cls(spec, plan(spec.mask, T, S, spec.offset, group, K), group, S)
+
+    def pad_rows(self, x, axis: int = 1, value=0):
+        """Extend the query axis to whole blocks."""
+        return _pad(x, axis, self.plan.rows * self.plan.block_q, value)
+
+    def heads(self, x, b, g):
+        """Keys or values of head batch `g`: [batch, keys, H]."""
+        n = self.plan.batch
+        x = lax.dynamic_slice(
+            x, (b, 0, g * n, 0), (1, x.shape[1], n, x.shape[3])
+        )[0].transpose(1, 0, 2)  # fmt: skip
+        return _pad(x.astype(compute_dtype(x.dtype)), 1, self.plan.keys, 0)
+
+    def rows(self, x, b, g, r):
+        """One block of queries, group heads as rows: [batch, group * block_q, H]."""
+        n, block = self.plan.batch, self.plan.block_q
+        size = (1, block, n * self.group, x.shape[3])
+        x = lax.dynamic_slice(x, (b, r * block, g * n * self.group, 0), size)
+        x = x.reshape(block, n, self.group, -1).transpose(1, 2, 0, 3)
+        return x.reshape(n, self.group * block, -1)
+
+    def put_rows(self, out, x, b, g, r):
+        """Write what `rows` reads."""
+        n, block = self.plan.batch, self.plan.block_q
+        x = x.reshape(n, self.group, block, -1).transpose(2, 0, 1, 3)
+        x = x.reshape(1, block, n * self.group, -1).astype(out.dtype)
+        return lax.dynamic_update_slice(out, x, (b, r * block, g * n * self.group, 0))
+
+    def vector(self, x, b, g, r):
+        """One block of a per-row statistic [B, N, T]: [batch, group * block_q]."""
+        n, block = self.plan.batch * self.group, self.plan.block_q
+        x = lax.dynamic_slice(x, (b, g * n, r * block), (1, n, block))
+        return x.reshape(self.plan.batch, self.group * block)
+
+    def put_vector(self, out, x, b, g, r):
+        """Write what `vector` reads."""
+        n, block = self.plan.batch * self.group, self.plan.block_q
+        x = x.reshape(1, n, block)
+        return lax.dynamic_update_slice(out, x, (b, g * n, r * block))
+
+    def loop(self, r, segments, step, carry):
+        """Fold `step(carry, start, width, seen)` over the tiles of query block `r`.
+
+        `seen` is bool [block_q, width], or None where every pair is visible.
+        """
+        p = self.plan
+        same = _same_segment(segments, r, p.block_q)
+        if p.wide_counts.any():
+            starts = jnp.asarray(p.wide_starts)
+
+            def whole(n, carry):
+                start = starts[r, n]
+                return step(carry, start, p.wide, same(start, p.wide))
+
+            carry = lax.fori_loop(0, jnp.asarray(p.wide_counts)[r], whole, carry)
+        if p.narrow_counts.any():
+            spans = jnp.asarray(
+                np.stack([p.narrow_starts, p.narrow_low, p.narrow_high])
+            )
+
+            def masked(n, carry):
+                start, low, high = spans[0, r, n], spans[1, r, n], spans[2, r, n]
+                i = self.spec.offset + r * p.block_q + jnp.arange(p.block_q)[:, None]
+                j = start + jnp.arange(p.narrow)[None, :]
+                seen = self.spec.mask.visible(i, j) & (j >= low) & (j < high)
+                also = same(start, p.narrow)
+                return step(
+                    carry, start, p.narrow, seen if also is None else seen & also
+                )
+
+            carry = lax.fori_loop(0, jnp.asarray(p.narrow_counts)[r], masked, carry)
+        return carry
+
+    def scores(self, q, k, seen):
+        """Raw and final scores of one tile, float32 [batch, group * block_q, width]."""
+        raw = jnp.einsum("nqh,nkh->nqk", q, k, preferred_element_type=jnp.float32)
+        final = self.spec.cap(raw)
+        return raw, final if seen is None else self.where(seen, final, HIDDEN)
+
+    def where(self, seen, x, value):
+        """Select by `seen` [block_q, width] for every head of the tile."""
+        shape = (self.plan.batch, self.group, self.plan.block_q, -1)
+        return jnp.where(seen, x.reshape(shape), value).reshape(x.shape)
+
+
+def slice_keys(x, start, width: int):
+    """Keys `start .. start + width` of [batch, keys, H]."""
+    return lax.dynamic_slice(x, (0, start, 0), (x.shape[0], width, x.shape[2]))
+
+
+def _pad(x, axis: int, size: int, value):
+    if x.shape[axis] == size:
+        return x
+    widths = [(0, size - n if a == axis else 0) for a, n in enumerate(x.shape)]
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _same_segment(segments, r, block_q: int):
+    """A function of (start, width) that compares segment ids, or gives None."""
+    if segments is None:
+        return lambda start, width: None
+    q_ids, k_ids = segments
+    own = lax.dynamic_slice(q_ids, (r * block_q,), (block_q,))
+    return lambda start, width: (
+        own[:, None] == lax.dynamic_slice(k_ids, (start,), (width,))[None, :]
+    )
+
+
+def pad_segments(tiling: Tiling, q_segment_ids, kv_segment_ids):
+    """Segment ids with both axes padded to whole tiles, or None."""
+    if q_segment_ids is None:
+        return None
+    return (
+        tiling.pad_rows(q_segment_ids),
+        _pad(kv_segment_ids, 1, tiling.plan.keys, 0),
+    )
+
+
+def _forward_class(spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
+    tiling = Tiling.of(spec, q, k)
+    B, T, N, _ = q.shape
+    p, width = tiling.plan, v.shape[3]
+    compute = compute_dtype(q.dtype)
+    segments = pad_segments(tiling, q_segment_ids, kv_segment_ids)
+    q = tiling.pad_rows(q)
+    rows = tiling.group * p.block_q
+
+    def block(r, carry, b, g, k_heads, v_heads):
+        out, lse = carry
+        q_rows = tiling.rows(q, b, g, r).astype(jnp.float32) * spec.scale
+        q_rows = q_rows.astype(compute)
+
+        def step(state, start, size, seen):
+            top, total, acc = state
+            tile = slice_keys(k_heads, start, size)
+            _, scores = tiling.scores(q_rows, tile, seen)
+            new = jnp.maximum(top, scores.max(-1))
+            shift = jnp.where(new > HIDDEN / 2, new, 0.0)
+            fade = jnp.exp(top - shift)
+            weights = jnp.exp(scores - shift[..., None])
+            acc = acc * fade[..., None] + jnp.einsum(
+                "nqk,nkh->nqh", weights.astype(compute),
+                slice_keys(v_heads, start, size), preferred_element_type=jnp.float32,
+            )  # fmt: skip
+            return new, total * fade + weights.sum(-1), acc
+
+        state = (
+            jnp.full((p.batch, rows), HIDDEN),
+            jnp.zeros((p.batch, rows)),
+            jnp.zeros((p.batch, rows, width)),
+        )
+        ids = None if segments is None else (segments[0][b], segments[1][b])
+        top, total, acc = tiling.loop(r, ids, step, state)
+        if sink is not None:
+            top, total, acc = _add_sink(tiling, sink, g, top, total, acc)
+        some = total > 0
+        total = jnp.where(some, total, 1.0)
+        out = tiling.put_rows(out, acc / total[..., None], b, g, r)
+        stat = jnp.where(some, top + jnp.log(total), -jnp.inf)
+        return out, tiling.put_vector(lse, stat, b, g, r)
+
+    def heads(n, carry):
+        b, g = n // (k.shape[2] // p.batch), n % (k.shape[2] // p.batch)
+        k_heads, v_heads = tiling.heads(k, b, g), tiling.heads(v, b, g)
+        body = functools.partial(block, b=b, g=g, k_heads=k_heads, v_heads=v_heads)
+        return lax.fori_loop(0, p.rows, body, carry)
+
+    out = jnp.zeros((B, q.shape[1], N, width), v.dtype)
+    lse = jnp.zeros((B, N, q.shape[1]), jnp.float32)
+    out, lse = lax.fori_loop(0, B * (k.shape[2] // p.batch), heads, (out, lse))
+    return out[:, :T], lse[:, :, :T]
+
+
+def _add_sink(tiling: Tiling, sink, g, top, total, acc):
+    """Let a learned logit per head take its share of the denominator."""
+    n = tiling.plan.batch * tiling.group
+    own = lax.dynamic_slice(sink.astype(jnp.float32), (g * n,), (n,))
+    own = jnp.repeat(own, tiling.plan.block_q).reshape(top.shape)
+    new = jnp.maximum(top, own)
+    fade = jnp.exp(top - new)
+    return new, total * fade + jnp.exp(own - new), acc * fade[..., None]

@@ -1,0 +1,84 @@
+"""Which implementation of attention runs.
+
+`supports` fails closed: an implementation that does not know it can do a call
+refuses it. With `implementation=None` the first that accepts runs; one asked for by
+name that refuses is an error with the reason.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The facts of a call that decide who can run it."""
+
+    spec: Spec
+    q_shape: tuple[int, ...]
+    kv_shape: tuple[int, ...]
+    dtype: jnp.dtype
+    platform: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """Where the function is (`module:name`) and why it would refuse a call."""
+
+    target: str
+    supports: Callable[[Call], str | None]
+
+    def load(self) -> Callable:
+        """The function itself."""
+        module, name = self.target.split(":")
+        return getattr(importlib.import_module(module), name)
+
+
+def _floating(call: Call) -> str | None:
+    known = (jnp.float32, jnp.bfloat16, jnp.float16)
+    if call.dtype in [jnp.dtype(d) for d in known]:
+        return None
+    return f"dtype {call.dtype} is not float32, bfloat16 or float16"
+
+
+def _small(call: Call) -> str | None:
+    (B, T, N, _), S = call.q_shape, call.kv_shape[1]
+    if B * N * T * S > 1 << 30:
+        return f"its {B * N * T * S} dense scores exceed 2**30; use 'xla'"
+    return _floating(call)
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "xla": Implementation("pallas_kernels.attention.vjp:attend", _floating),
+    "reference": Implementation("pallas_kernels.attention.reference:attend", _small),
+}
+
+
+def select(call: Call, implementation: str | None) -> Callable:
+    """The function for `call`; ValueError if none, or not the named one, can run."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r}: this build has "
+            f"{sorted(IMPLEMENTATIONS)}; name one of them or pass None"
+        )
+    names = IMPLEMENTATIONS if implementation is None else [implementation]
+    reasons = []
+    for name in names:
+        reason = IMPLEMENTATIONS[name].supports(call)
+        if reason is None:
+            return IMPLEMENTATIONS[name].load()
+        reasons.append(f"{name}: {reason}")
+    raise ValueError(
+        f"implementation={implementation!r} cannot run this attention "
+        f"({'; '.join(reasons)}); change the arguments or pass None"
+    )
+
+
+def platform() -> str:
+    """The platform that a call traced now will run on."""
+    return jax.default_backend()
