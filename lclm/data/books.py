@@ -155,6 +155,8 @@ def read_novels(rdb: bytes) -> dict[str, str]:
         while at < len(rdb):
             stream = zlib.decompressobj()
             lines = _r_strings(stream.decompress(rdb[at + 4 :]))
+            if not stream.eof:
+                raise zlib.error("the file is cut short")
             at = len(rdb) - len(stream.unused_data)
             title = lines[0].strip().lower()
             novels[title] = "\n".join(lines) + "\n"

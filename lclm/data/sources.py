@@ -30,7 +30,7 @@ def read(source: str) -> str:
     options: dict[str, str] = {}
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
-        if not equals and options:
+        if options and not (equals and key.isidentifier()):
             options[next(reversed(options))] += "," + part
         elif not equals or key not in allowed:
             raise LclmError(

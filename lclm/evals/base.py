@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -100,7 +100,12 @@ class Summary:
 
 @runtime_checkable
 class Evaluation(Protocol):
-    """A frozen dataclass of settings that runs, and says what its records mean."""
+    """A frozen dataclass of settings that runs, and says what its records mean.
+
+    `SCOPE` names the settings that change a measurement and are not in its key.
+    """
+
+    SCOPE: ClassVar[tuple[str, ...]]
 
     def run(
         self, lm: LanguageModel, *, journal: "Journal", observe: Observe

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lclm.data.haystack import (
     encode_prefix,
@@ -206,6 +207,8 @@ class Needle:
     caches: tuple[str, ...] = ("full",)
     mode: str = "keywords"
     seed: int = 0
+
+    SCOPE: ClassVar = ("source", "needles", "mode")
 
     def __post_init__(self):
         check_grid(self.lengths, self.at, self.caches)

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -124,6 +125,8 @@ class Passkey:
     caches: tuple[str, ...] = ("full",)
     score: str = "generate"
     seed: int = 0
+
+    SCOPE: ClassVar = ("score",)
 
     def __post_init__(self):
         check_grid(self.lengths, self.depths, self.caches)

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -87,6 +88,8 @@ class Perplexity:
     splits: tuple[int, ...] = ()
     bucket: int = 256
     bos: bool = False
+
+    SCOPE: ClassVar = ("source", "length", "documents", "splits", "bucket", "bos")
 
     def __post_init__(self):
         require(self.length >= 2, f"length is {self.length}; at least 2 tokens")
@@ -171,8 +174,9 @@ class Perplexity:
         finite = np.isfinite(nll[0])
         require(
             bool(finite.all()),
-            f"the loss at position {int(finite.argmin()) + 1} under cache {reading.cache!r} is not "
-            "finite: the weights or their precision are at fault; try dtype float32",
+            f"the loss at position {int(finite.argmin()) + 1} under cache "
+            f"{reading.cache!r} is not finite: the weights or their precision are at "
+            "fault; try dtype float32",
         )
         text = lm.tokenizer.decode([int(t) for t in tokens[0, 1:]])
         return {

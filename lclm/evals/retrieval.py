@@ -22,6 +22,8 @@ from lclm.evals.base import (
     to_csv,
 )
 
+LISTED = 16
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -131,15 +133,34 @@ def summarise(
         rows.append((cache, *(_share(mine, n) for n in lengths), _share(mine, None)))
         grid = grid_of(mine)
         lines += [(f'"{cache}"', *cell) for cell in _cells(*grid)]
-        if grid[2].size > 1:
+        if grid[2].size > 2:
             suffix = f"_{number + 1}" if len(caches) > 1 else ""
             images[f"{slug}{suffix}.png"] = figures.heatmap(
                 grid[2], lengths=grid[0], depths=grid[1], title=f"{title} · {cache}"
             )
     columns = ("cache", *(f"{n:,} tokens" for n in lengths), "all")
     header = ("cache", "length", "depth", "score", "n")
-    panel = Panel(title, columns, tuple(rows))
-    return Summary((panel,), images, {f"{slug}.csv": to_csv(header, lines)})
+    panels = [Panel(title, columns, tuple(rows))]
+    if 0 < len(records) <= LISTED:
+        panels.append(_answers(records, title))
+    return Summary(tuple(panels), images, {f"{slug}.csv": to_csv(header, lines)})
+
+
+def _answers(records: Sequence[Record], title: str) -> Panel:
+    """Question by question, what was wanted and what the model said."""
+    rows = tuple(
+        (
+            r["cache"],
+            f"{r['prompt_tokens']:,}",
+            f"{r['actual_depth']:.0%}",
+            ", ".join(r["answers"]),
+            " ".join(r["prediction"].split()),
+            show(r["score"], ".3g"),
+        )
+        for r in records
+    )
+    columns = ("cache", "prompt tokens", "depth", "wanted", "model said", "score")
+    return Panel(f"{title}: answers", columns, rows)
 
 
 def _share(records: Sequence[Record], length: int | None) -> str:

@@ -1,0 +1,38 @@
+"""One million tokens through a model trained for eight thousand, in constant memory.
+
+    lclm run --config=configs/million.py
+    lclm run --config=configs/million.py:length=131072
+
+About 25 minutes on 2 CPU cores (one million tokens at 700 to 900 tokens a second).
+Expected: perplexity at the end is what it was at 8k, the cache never exceeds 1,024
+tokens plus one chunk, and the last hundred thousand tokens take no longer than the
+first. The King James Bible has just over one million tokens.
+"""
+
+import ml_collections
+
+
+def get_config(model="smollm2-135m", source="kjv", length=1_000_000, dtype=""):
+    """`length`: tokens to read."""
+    config = ml_collections.ConfigDict()
+    config.name = "million"
+    config.title = "One million tokens in constant memory"
+    config.model = model
+    config.dtype = dtype
+    splits = [s for s in (8192, 131072, 524288) if s < length]
+    config.stages = [
+        dict(
+            eval="perplexity",
+            source=source,
+            length=length,
+            splits=splits,
+            bucket=max(256, length // 256),
+            readings=[
+                dict(
+                    cache="streaming:sinks=4,window=1020",
+                    label="StreamingLLM 4 + 1020",
+                )
+            ],
+        )
+    ]
+    return config

@@ -1,0 +1,168 @@
+"""From a config file to a frozen job: every typo is an error before any work."""
+
+import ast
+import dataclasses
+import hashlib
+import importlib.util
+import inspect
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lclm.config import from_dict
+from lclm.errors import LclmError, did_you_mean
+from lclm.evals import EVALS
+from lclm.evals.base import Evaluation
+
+JOB_KEYS = ("name", "model", "dtype", "title", "about", "stages")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One evaluation of a job, under the name that its section carries."""
+
+    kind: str
+    evaluation: Evaluation
+    title: str = ""
+
+    def settings(self) -> dict[str, Any]:
+        """The stage as plain data."""
+        return {"eval": self.kind, **dataclasses.asdict(self.evaluation)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model and the stages it goes through."""
+
+    name: str
+    model: str
+    stages: tuple[Stage, ...]
+    dtype: str = ""
+    title: str = ""
+    about: str = ""
+
+    def scope(self, stage: Stage, *, version: str) -> str:
+        """What a record must share, besides its key, to be this stage's."""
+        told = {n: getattr(stage.evaluation, n) for n in stage.evaluation.SCOPE}
+        text = json.dumps([stage.kind, self.dtype, version, told], sort_keys=True)
+        return f"{self.model}/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    def to_json(self) -> str:
+        """The whole job as indented JSON."""
+        data = {f: getattr(self, f) for f in ("name", "model", "dtype", "title")}
+        data["stages"] = [s.settings() for s in self.stages]
+        return json.dumps(data, indent=2)
+
+
+def read_job(spec: str) -> Job:
+    """The job of `path/to/config.py` or `path/to/config.py:key=value,key=value`.
+
+    Raises:
+      LclmError: no such file, no `get_config`, an unknown or mistyped option.
+    """
+    path, options = _split(spec)
+    return to_job(_call(_get_config(path), options, path=path))
+
+
+def to_job(config: Any) -> Job:
+    """A ConfigDict or plain dict, converted strictly."""
+    data = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    for key in data:
+        if key not in JOB_KEYS:
+            raise LclmError(
+                f"the config has no field {key!r}: known are {', '.join(JOB_KEYS)}"
+                f"{did_you_mean(key, JOB_KEYS)}"
+            )
+    for key in ("name", "model", "stages"):
+        if not data.get(key):
+            raise LclmError(f"the config's {key!r} is missing or empty: it is required")
+    for key in JOB_KEYS[:-1]:
+        if not isinstance(data.get(key, ""), str):
+            raise LclmError(f"the config's {key!r} is {data[key]!r}; expected a string")
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", data["name"]):
+        raise LclmError(
+            f"name {data['name']!r} cannot name a folder: use letters, digits, - and _"
+        )
+    stages = data.pop("stages")
+    if not isinstance(stages, list | tuple):
+        raise LclmError(f"the config's 'stages' is {stages!r}; expected a list")
+    return Job(stages=tuple(_stage(s, i) for i, s in enumerate(stages)), **data)
+
+
+def _stage(data: Any, index: int) -> Stage:
+    where = f"stages[{index}]"
+    data = data.to_dict() if hasattr(data, "to_dict") else data
+    if not isinstance(data, dict) or "eval" not in data:
+        raise LclmError(
+            f"{where} is {data!r}; expected a table with 'eval', one of "
+            f"{', '.join(EVALS)}, and that evaluation's settings"
+        )
+    settings = {k: v for k, v in data.items() if k not in ("eval", "title")}
+    kind = data["eval"]
+    evaluation = from_dict(EVALS[kind], settings, f"{where}.")
+    return Stage(kind, evaluation, data.get("title", ""))
+
+
+def _split(spec: str) -> tuple[Path, dict[str, str]]:
+    path, colon, rest = spec.partition(".py:")
+    options: dict[str, str] = {}
+    for part in filter(None, rest.split(",") if colon else []):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise LclmError(f"config {spec!r}: {part!r} is not KEY=VALUE; add the '='")
+        options[key] = value
+    return Path(path + ".py" if colon else path), options
+
+
+def _get_config(path: Path):
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.py"))
+        hint = f"; that folder has {', '.join(near)}" if near else ""
+        raise LclmError(f"no config file {str(path)!r}{hint}")
+    spec = importlib.util.spec_from_file_location(f"lclm_config_{path.stem}", path)
+    if spec is None:
+        raise LclmError(
+            f"config {str(path)!r} is not a Python file: it must end in .py"
+        )
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        raise LclmError(f"config {str(path)!r} cannot be read: {error}") from error
+    if not callable(getattr(module, "get_config", None)):
+        raise LclmError(f"config {str(path)!r} has no function get_config()")
+    return module.get_config
+
+
+def _call(get_config, options: dict[str, str], *, path: Path) -> Any:
+    """`get_config` with options typed as its defaults are."""
+    known = inspect.signature(get_config).parameters
+    values = {}
+    for key, text in options.items():
+        if key not in known:
+            allowed = ", ".join(f"{k}={p.default!r}" for k, p in known.items())
+            raise LclmError(
+                f"{path.name} has no option {key!r}: known are {allowed or 'none'}"
+                f"{did_you_mean(key, known)}"
+            )
+        values[key] = _typed(text, known[key].default, f"{path.name}:{key}")
+    return get_config(**values)
+
+
+def _typed(text: str, default: Any, where: str) -> Any:
+    if isinstance(default, str) or default is inspect.Parameter.empty:
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        raise LclmError(
+            f"{where} is {text!r}; expected {type(default).__name__}, for instance "
+            f"{default!r}"
+        )
+    return value

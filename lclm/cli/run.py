@@ -1,0 +1,181 @@
+"""`lclm run --config=FILE`: one job, from a config to a report, resumable."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table as RichTable
+
+from lclm.cli.job import Job, Stage, read_job
+from lclm.cli.page import Page, Section
+from lclm.data.fetch import write_atomic
+from lclm.errors import LclmError
+from lclm.evals.base import Journal, Panel
+
+Load = Callable[..., Any]
+
+
+def run(
+    config: str,
+    *,
+    workdir: str | Path | None = None,
+    load: Load | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Run the job of `config` and return its report's path.
+
+    `workdir` (default `runs/<name>`) receives metrics.jsonl, figures, CSV files and
+    report.html. Finished measurements of an interrupted run are kept and not made
+    again. `load` makes the model (`lclm.load` unless given).
+
+    Raises:
+      LclmError: the config, the model or a text is at fault; nothing is written.
+    """
+    job = read_job(config)
+    folder = Path(workdir) if workdir else Path("runs") / job.name
+    if folder.exists() and not folder.is_dir():
+        raise LclmError(f"workdir {str(folder)!r} is a file: name a folder")
+    console = console or Console()
+    version = _version("lclm")
+    journals = [
+        Journal(folder / "metrics.jsonl", scope=job.scope(s, version=version))
+        for s in job.stages
+    ]
+    console.print(f"[bold]{job.title or job.name}[/bold]  [dim]{job.model}[/dim]")
+    with console.status(f"loading {job.model}"):
+        options = {"dtype": job.dtype} if job.dtype else {}
+        lm = (load or _load)(job.model, **options)
+    sections: list[Section] = []
+    try:
+        for stage, journal in zip(job.stages, journals, strict=True):
+            sections.append(_run_stage(stage, lm, journal, folder, console))
+            _write_report(job, sections, folder, config)
+    except KeyboardInterrupt:
+        console.print(
+            f"[yellow]stopped[/yellow]: finished records are kept in "
+            f"{folder / 'metrics.jsonl'}; the same command goes on from there"
+        )
+        raise
+    report = folder / "report.html"
+    console.print(f"report: [bold]{report}[/bold]")
+    return report
+
+
+def _load(source: str, **options: Any) -> Any:
+    import lclm
+
+    return lclm.load(source, **options)
+
+
+def _run_stage(
+    stage: Stage, lm: Any, journal: Journal, folder: Path, console: Console
+) -> Section:
+    kept = len(journal.records)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    ) as bars:
+        tasks: dict[str, Any] = {}
+
+        def observe(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(tasks[label], completed=done, total=total)
+
+        records = stage.evaluation.run(lm, journal=journal, observe=observe)
+    if kept:
+        console.print(f"[dim]{kept} finished records found and kept[/dim]")
+    trained = int(getattr(getattr(lm, "config", None), "context", 0))
+    summary = stage.evaluation.summary(records, trained=trained)
+    for name, data in {**summary.figures, **summary.csv}.items():
+        write_atomic(folder / name, data)
+    for panel in summary.panels:
+        console.print(to_rich(panel))
+    title = stage.title or summary.panels[0].title
+    return Section(title, summary.panels, summary.figures)
+
+
+def to_rich(panel: Panel) -> RichTable:
+    """The panel as a terminal table: first column left, the rest right."""
+    table = RichTable(title=panel.title, caption=panel.note or None, title_style="bold")
+    for number, column in enumerate(panel.columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in panel.rows:
+        table.add_row(*row)
+    return table
+
+
+def _write_report(job: Job, sections: list[Section], folder: Path, config: str) -> None:
+    page = Page(
+        title=job.title or job.name,
+        about=job.about,
+        sections=tuple(sections),
+        command=f"lclm run --config={config}",
+        config=job.to_json(),
+        facts=machine(),
+    )
+    write_atomic(folder / "report.html", page.html())
+
+
+def machine() -> dict[str, str]:
+    """Versions, processor, memory, devices and the date, for the report."""
+    import jax
+
+    devices = jax.devices()
+    facts = {
+        "date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "processor": f"{_processor()}, {_cores()} cores",
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "system": f"{platform.system()} {platform.machine()}",
+        "Python": platform.python_version(),
+    }
+    if memory := _memory():
+        facts["memory"] = f"{memory / 2**30:.1f} GiB"
+    for package in ("lclm", "jax", "jaxlib", "flax", "numpy"):
+        facts[package] = _version(package)
+    return facts
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory() -> int:
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0
