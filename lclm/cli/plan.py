@@ -1,0 +1,58 @@
+"""`lclm plan`: what a model and its cache will take, before anything is allocated."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lclm.cli import options
+
+if TYPE_CHECKING:
+    from lclm.config import ModelConfig
+
+SIZES = {"float32": 4, "bfloat16": 2}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print bytes of weights and of the cache, by policy and by length."""
+    parser = options.Parser("plan", "Bytes of weights and cache, read from the config.")
+    parser.add_argument("model", help="known name, HF folder, .gguf, lclm folder")
+    parser.add_argument("--dtype", choices=options.DTYPES, default="float32")
+    parser.add_argument(
+        "--cache", action="append", metavar="NAME:KEY=VALUE,...", help="repeatable"
+    )
+    parser.add_argument("--lengths", type=options.lengths, default="8k,32k,128k")
+    parser.add_argument("--batch", type=options.positive, default=1)
+    args = parser.parse_args(argv)
+
+    import jax.numpy as jnp
+    from rich.console import Console
+    from rich.table import Table
+
+    from lclm import cache, hub
+    from lclm.cache.base import Layer, cache_bytes
+    from lclm.serve.memory import available_bytes, format_bytes
+
+    policies = [cache.make(text) for text in args.cache or ["full"]]
+    config = hub.describe(args.model)
+    weights = parameters(config) * SIZES[args.dtype]
+    layers = tuple(Layer(i, spec.mixer) for i, spec in enumerate(config.layers))
+    free = available_bytes()
+    print(f"{parameters(config):,} parameters, {args.dtype}: {format_bytes(weights)}")
+    print(f"available: {format_bytes(free)}" if free else "available: not known")
+    table = Table("cache", *(f"{args.batch} x {n:,}" for n in args.lengths))
+    for text, policy in zip(args.cache or ["full"], policies, strict=True):
+        row = []
+        for length in args.lengths:
+            dtype = getattr(jnp, args.dtype)
+            size = cache_bytes(policy, layers, args.batch, length, dtype)
+            fits = free is None or weights + size <= free
+            row.append(format_bytes(size) + ("" if fits else " (does not fit)"))
+        table.add_row(text, *row)
+    Console().print(table)
+
+
+def parameters(config: "ModelConfig") -> int:
+    """How many numbers the weights of a model are."""
+    from lclm.hub.names import param_shapes
+
+    return sum(math.prod(shape) for shape in param_shapes(config).values())
