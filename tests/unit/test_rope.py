@@ -109,6 +109,14 @@ GOLDEN = [  # spec, head_dim, length, samples, sum, attention factor
         5.14403477,
         1.1386294361,
     ),
+    (  # the upper cut point lies past the last pair
+        RopeSpec(kind="yarn", factor=4.0, original=131072),
+        128,
+        None,
+        {50: 0.000637410034, 63: 5.31199657e-05},
+        7.45829727,
+        1.138629436112,
+    ),
     (
         replace(YARN64, mscale=1.0),
         64,

@@ -87,6 +87,14 @@ def test_draws_follow_the_oracles_distribution(vocab, sampler):
     assert chi < freedom + 4.5 * np.sqrt(2 * freedom), (chi, freedom)
 
 
+def test_the_two_halves_of_a_draw_are_independent():
+    tokens = np.asarray(
+        draw(jnp.zeros((32, 256 * 256)), jax.random.key(8), Sampler(1.0))
+    )
+    row, column = tokens // 256, tokens % 256
+    assert (row == column).sum() <= 2 and len(set(row)) > 20 and len(set(column)) > 20
+
+
 def test_ties_with_the_last_kept_token_stay_together():
     logits = np.float32([[3, 1, 2, 2, 2, 0]])
     for sampler in (Sampler(1.0, top_k=2), Sampler(1.0, top_p=0.6)):
