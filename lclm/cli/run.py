@@ -58,6 +58,11 @@ def run(
     with console.status(f"loading {job.model}"):
         options = {"dtype": job.dtype} if job.dtype else {}
         lm = (load or _load)(job.model, **options)
+    if lm.tokenizer is None:
+        raise LclmError(
+            f"{job.model!r} has no tokenizer, and every stage reads text: put its "
+            "tokenizer.json beside the weights"
+        )
     sections: list[Section] = []
     try:
         for stage, journal in zip(job.stages, journals, strict=True):

@@ -41,6 +41,10 @@ class LanguageModel(Protocol):
 
     tokenizer: Tokenizer
 
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, with the start token where the model wants one."""
+        ...
+
     def nll(
         self,
         tokens: np.ndarray,

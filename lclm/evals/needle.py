@@ -143,10 +143,12 @@ def make(
     depth: float,
     seed: int,
     needles: int = 1,
+    starts: int = 0,
 ) -> Example:
     """A prompt of at most `length` tokens, as near to it as whole tokens allow.
 
-    Needle i of n is asked for at `depth + i (1 - depth) / n`. `meta` says where the
+    `starts` tokens (BOS) that the model adds by itself are counted in. Needle i of n is
+    wanted at `depth + i (1 - depth) / n`. `meta` says where the
     needles really are: the share of context tokens before each.
     """
     require(0 <= depth <= 1, f"depth is {depth}; allowed is 0 to 1")
@@ -159,7 +161,7 @@ def make(
     def build(count: int) -> tuple[str, int]:
         hay = haystack.ids[:count]
         body = insert(tokenizer, hay, haystack.enders, needles=lines, at=wanted)
-        return body, len(tokenizer.encode(OPENING + body + asked))
+        return body, starts + len(tokenizer.encode(OPENING + body + asked))
 
     def size(count: int) -> int:
         # Past the end of the haystack nothing fits, so that `fit` stops there.
@@ -241,7 +243,9 @@ class Needle:
             if cell.cache == self.caches[0]
         ]
 
-    def _make(self, tokenizer: Tokenizer, haystack: Haystack, cell: Cell) -> Example:
+    def _make(
+        self, tokenizer: Tokenizer, haystack: Haystack, cell: Cell, starts: int = 0
+    ) -> Example:
         return make(
             tokenizer,
             haystack,
@@ -249,6 +253,7 @@ class Needle:
             depth=cell.depth,
             seed=cell.seed,
             needles=self.needles,
+            starts=starts,
         )
 
     def grade(self, example: Example, answer: str) -> float:
@@ -260,11 +265,12 @@ class Needle:
     ) -> list[Record]:
         """Ask every question not yet in the journal."""
         built: list[Haystack] = []
+        starts = len(lm.encode(""))
 
         def example(cell: Cell) -> Example:
             if not built:
                 built.append(self.haystack(lm.tokenizer))
-            return self._make(lm.tokenizer, built[0], cell)
+            return self._make(lm.tokenizer, built[0], cell, starts)
 
         def ask(question: Example, cell: Cell) -> Record:
             text = generate(lm, question, cell)

@@ -50,11 +50,14 @@ NEW_TOKENS = 10
 SCORES = ("generate", "forced")
 
 
-def make(tokenizer: Tokenizer, *, length: int, depth: float, seed: int) -> Example:
+def make(
+    tokenizer: Tokenizer, *, length: int, depth: float, seed: int, starts: int = 0
+) -> Example:
     """A prompt of at most `length` tokens, less than one filler sentence below it.
 
-    `depth` in [0, 1] is the share of the filler before the fact; the same arguments
-    give the same example.
+    `starts` tokens (BOS) that the model adds by itself are counted in. `depth` in
+    [0, 1] is the share of the filler before the fact; the same arguments give the same
+    example.
     """
     require(0 <= depth <= 1, f"depth is {depth}; allowed is 0 to 1")
     rng = random.Random(f"passkey:{seed}:{length}:{depth}")
@@ -67,7 +70,7 @@ def make(tokenizer: Tokenizer, *, length: int, depth: float, seed: int) -> Examp
         return before, FACT.format(key=key) + "\n" + " ".join(filler[at:])
 
     def size(sentences: int) -> int:
-        return len(tokenizer.encode("".join(parts(sentences)) + QUESTION))
+        return starts + len(tokenizer.encode("".join(parts(sentences)) + QUESTION))
 
     overhead = size(0)
     unit = max(1.0, (size(len(FILLER)) - overhead) / len(FILLER))
@@ -94,8 +97,8 @@ def forced(lm: LanguageModel, example: Example, *, cache: str) -> Record:
     Greedy decoding spells it exactly when every teacher-forced argmax is the key's
     token, so the match costs a few decode steps and never a [T, V] array of logits.
     """
-    prompt = lm.tokenizer.encode(example.prompt)
-    whole = lm.tokenizer.encode(example.prompt + " " + example.answers[0])
+    prompt = lm.encode(example.prompt)
+    whole = lm.encode(example.prompt + " " + example.answers[0])
     pairs = zip(prompt, whole, strict=False)
     shared = next((i for i, (a, b) in enumerate(pairs) if a != b), len(prompt))
     nll = np.asarray(lm.nll(np.asarray([whole], np.int32), cache=cache))[0]
@@ -168,6 +171,8 @@ class Passkey:
     ) -> list[Record]:
         """Ask every question not yet in the journal."""
 
+        starts = len(lm.encode(""))
+
         def ask(example: Example, cell: Cell) -> Record:
             if self.score == "forced":
                 return forced(lm, example, cache=cell.cache)
@@ -178,7 +183,11 @@ class Passkey:
             self.cells(),
             task="passkey",
             make=lambda c: make(
-                lm.tokenizer, length=c.length, depth=c.depth, seed=c.seed
+                lm.tokenizer,
+                length=c.length,
+                depth=c.depth,
+                seed=c.seed,
+                starts=starts,
             ),
             ask=ask,
             journal=journal,

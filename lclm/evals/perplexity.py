@@ -77,6 +77,7 @@ class Reading:
 class Perplexity:
     """Loss of `documents` pieces of `length` tokens of `source`, for each reading.
 
+    A model that wants a start token gets it as the first of the `length` tokens.
     `splits` are the positions where the table's columns part (8192: before and past
     8k); `bucket` is the width in tokens of the points of the figure.
     """
@@ -87,9 +88,8 @@ class Perplexity:
     documents: int = 1
     splits: tuple[int, ...] = ()
     bucket: int = 256
-    bos: bool = False
 
-    SCOPE: ClassVar = ("source", "length", "documents", "splits", "bucket", "bos")
+    SCOPE: ClassVar = ("source", "length", "documents", "splits", "bucket")
 
     def __post_init__(self):
         require(self.length >= 2, f"length is {self.length}; at least 2 tokens")
@@ -129,7 +129,8 @@ class Perplexity:
 
     def pieces(self, lm: LanguageModel) -> Int[np.ndarray, "documents length"]:
         """The token ids of every document, consecutive pieces of the source."""
-        body = self.length - int(self.bos)
+        start = np.asarray(lm.encode(""), np.int32)
+        body = self.length - len(start)
         count = body * self.documents
         ids = encode_prefix(lm.tokenizer.encode, read(self.source), count=count)
         require(
@@ -138,11 +139,8 @@ class Perplexity:
             f"{len(ids)}; use a shorter length, fewer documents or a longer text",
         )
         pieces = np.asarray(ids, np.int32).reshape(self.documents, body)
-        if not self.bos:
-            return pieces
-        bos = getattr(lm.tokenizer, "bos_id", None)
-        require(bos is not None, "bos=True, but this tokenizer has no BOS token")
-        return np.concatenate([np.full_like(pieces[:, :1], bos), pieces], axis=1)
+        starts = np.tile(start, (self.documents, 1))
+        return np.concatenate([starts, pieces], axis=1)
 
     def _measure(
         self, lm: LanguageModel, reading: Reading, tokens: np.ndarray, observe: Observe

