@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 KERNEL_IMPORTS = {"jax", "numpy", "pallas_kernels"}
 LINES, ARGUMENTS = 80, 9
-# The public `generate` spells its sampling options out. Private
+# `attention` and the public `generate` spell all their options out. Private
 # functions may be wide: a jitted step lists its arrays and its statics.
-WIDE = {"generate"}
+WIDE = {"attention", "generate"}
 FILE_LINES = {"lclm": 500, "pallas_kernels": 875}
 
 
