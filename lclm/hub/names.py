@@ -1,0 +1,132 @@
+"""The parameter tree of a model and what each file format calls its entries.
+
+Weights are [out, in] here and in every format, so a name is all that changes.
+"""
+
+from lclm.config import LayerSpec, ModelConfig
+from lclm.errors import unknown
+
+_HF_LAYER = {
+    "attn/q": "self_attn.q_proj",
+    "attn/k": "self_attn.k_proj",
+    "attn/v": "self_attn.v_proj",
+    "attn/o": "self_attn.o_proj",
+    "attn/q_norm": "self_attn.q_norm",
+    "attn/k_norm": "self_attn.k_norm",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
+    "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm",
+}
+_HF_GEMMA3 = _HF_LAYER | {
+    "post_norm1": "post_attention_layernorm",
+    "norm2": "pre_feedforward_layernorm",
+    "post_norm2": "post_feedforward_layernorm",
+}
+HF_TABLES: dict[str, dict[str, str]] = {
+    "llama": _HF_LAYER,
+    "mistral": _HF_LAYER,
+    "qwen2": _HF_LAYER,
+    "qwen3": _HF_LAYER,
+    "gemma3_text": _HF_GEMMA3,
+}
+_GGUF_LAYER = {
+    "attn/q": "attn_q",
+    "attn/k": "attn_k",
+    "attn/v": "attn_v",
+    "attn/o": "attn_output",
+    "attn/q_norm": "attn_q_norm",
+    "attn/k_norm": "attn_k_norm",
+    "mlp/gate": "ffn_gate",
+    "mlp/up": "ffn_up",
+    "mlp/down": "ffn_down",
+    "norm1": "attn_norm",
+    "norm2": "ffn_norm",
+    "post_norm1": "post_attention_norm",
+    "post_norm2": "post_ffw_norm",
+}
+_TOP_HF = {
+    "embed/table": "model.embed_tokens.weight",
+    "final_norm/scale": "model.norm.weight",
+    "head/weight": "lm_head.weight",
+}
+_TOP_GGUF = {
+    "embed/table": "token_embd.weight",
+    "final_norm/scale": "output_norm.weight",
+    "head/weight": "output.weight",
+}
+
+
+def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter path of the model with its shape, in file order."""
+    shapes: dict[str, tuple[int, ...]] = {"embed/table": (config.vocab, config.width)}
+    for i, layer in enumerate(config.layers):
+        for path, shape in _layer_shapes(layer, config.width).items():
+            shapes[f"layers_{i}/{path}"] = shape
+    shapes["final_norm/scale"] = (config.width,)
+    if not config.tied:
+        shapes["head/weight"] = (config.vocab, config.width)
+    return shapes
+
+
+def _layer_shapes(layer: LayerSpec, width: int) -> dict[str, tuple[int, ...]]:
+    mixer, mlp = layer.mixer, layer.mlp
+    query, key = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
+    norms = ("norm1", "post_norm1", "norm2", "post_norm2")
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{n}/scale": (width,)
+        for n in norms
+        if layer.post_norms or not n.startswith("post")
+    }
+    linears = {
+        "attn/q": (query, width, mixer.qkv_bias),
+        "attn/k": (key, width, mixer.qkv_bias),
+        "attn/v": (key, width, mixer.qkv_bias),
+        "attn/o": (width, query, mixer.out_bias),
+        "mlp/gate": (mlp.width, width, mlp.bias),
+        "mlp/up": (mlp.width, width, mlp.bias),
+        "mlp/down": (width, mlp.width, mlp.bias),
+    }
+    for name, (rows, columns, bias) in linears.items():
+        shapes[f"{name}/weight"] = (rows, columns)
+        if bias:
+            shapes[f"{name}/bias"] = (rows,)
+    if mixer.qk_norm:
+        shapes["attn/q_norm/scale"] = (mixer.head_dim,)
+        shapes["attn/k_norm/scale"] = (mixer.head_dim,)
+    if mixer.sink:
+        shapes["attn/sink"] = (mixer.heads,)
+    return shapes
+
+
+def hf_names(config: ModelConfig, family: str) -> dict[str, str]:
+    """Our path -> Hugging Face tensor name, a bijection over the model's parameters.
+
+    Raises `LclmError` for a family without a table.
+    """
+    if family not in HF_TABLES:
+        raise unknown("Hugging Face family", family, HF_TABLES)
+    table = HF_TABLES[family]
+    return {
+        path: _TOP_HF.get(path) or _layer_name(path, table, "model.layers.{}.")
+        for path in param_shapes(config)
+    }
+
+
+def gguf_names(config: ModelConfig) -> dict[str, str]:
+    """Our path -> GGUF tensor name."""
+    return {
+        path: _TOP_GGUF.get(path) or _layer_name(path, _GGUF_LAYER, "blk.{}.")
+        for path in param_shapes(config)
+    }
+
+
+def _layer_name(path: str, table: dict[str, str], prefix: str) -> str:
+    layer, _, rest = path.partition("/")
+    index = layer.removeprefix("layers_")
+    module, _, leaf = rest.rpartition("/")
+    if module not in table:
+        raise unknown("parameter for this file format", path, table)
+    suffix = "bias" if leaf == "bias" else "weight"
+    return f"{prefix.format(index)}{table[module]}.{suffix}"
