@@ -15,6 +15,7 @@ Activations = Float[Array, "B T D"]
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B S K H"]
 Params = dict[str, Any]
+Leaf = Any  # an array, or what stands for one while a state tree is mapped over
 
 __all__ = [
     "Activations",
@@ -23,6 +24,7 @@ __all__ = [
     "Float",
     "Int",
     "Keys",
+    "Leaf",
     "Params",
     "Positions",
     "Queries",

@@ -24,7 +24,7 @@ POLICIES = Table(
 )
 
 
-def make(policy: "str | dict[str, Any] | CachePolicy") -> CachePolicy:
+def make(policy: Any) -> CachePolicy:
     """A policy from itself, a table with a "name", or a `name:key=value,...` string."""
     if isinstance(policy, CachePolicy):
         return policy

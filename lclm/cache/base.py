@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lclm.config import AttentionSpec
-from lclm.typing import Array, Bool, Float, Int
+from lclm.typing import Array, Bool, Float, Int, Leaf
 
 if TYPE_CHECKING:
     from lclm.cache.step import Step
@@ -67,21 +67,24 @@ class Overflow:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Heads:
-    """One call's projections before rotation."""
+    """One call's projections before rotation: q [B, T, N, H], k and v [B, T, K, H]."""
 
-    q: Float[Array, "B T N H"]
-    k: Float[Array, "B T K H"]
-    v: Float[Array, "B T K H"]
+    q: Leaf
+    k: Leaf
+    v: Leaf
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KV:
-    """The slots of one head group: `pos` [B, 1 or K, C] is -1 where a slot is empty."""
+    """The slots of one head group: k and v [B, K, C, H], pos int32 [B, 1 or K, C].
 
-    k: Float[Array, "B K C H"]
-    v: Float[Array, "B K C H"]
-    pos: Int[Array, "B J C"]
+    `pos` is -1 where a slot is empty.
+    """
+
+    k: Leaf
+    v: Leaf
+    pos: Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +93,7 @@ class Cache:
     """One layer's cache: head groups, and whatever else a policy carries by name."""
 
     groups: tuple[KV, ...]
-    extra: dict[str, Array] = field(default_factory=dict)
+    extra: dict[str, Leaf] = field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -102,10 +105,10 @@ class Evidence:
     summed over each kv head's query heads. queries, keys: before rotation.
     """
 
-    mass_old: Array | None = None
-    mass_new: Array | None = None
-    queries: Array | None = None
-    keys: Array | None = None
+    mass_old: Leaf = None
+    mass_new: Leaf = None
+    queries: Leaf = None
+    keys: Leaf = None
 
 
 def empty(
@@ -134,6 +137,10 @@ class CachePolicy:
     @property
     def kept(self) -> int | None:
         """Tokens kept per kv head between calls; None keeps all."""
+        return None
+
+    def far(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"] | None:
+        """Second positions queries are also rotated to (`step.rotate(far=True)`)."""
         return None
 
     def capacity(self, layer: Layer, length: int) -> int:

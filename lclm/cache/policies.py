@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from lclm.cache import read, write
 from lclm.cache.base import KV, Cache, CachePolicy, Evidence, Heads, Layer
-from lclm.cache.step import Step, exact_angles
+from lclm.cache.step import Step
 from lclm.errors import LclmError
-from lclm.typing import Array
+from lclm.typing import Array, Int
 
 
 def at_least(name: str, value: int, low: int, unit: str = "tokens") -> None:
@@ -122,6 +122,9 @@ class Streaming(CachePolicy):
     def kept(self) -> int:
         return self.sinks + self.window
 
+    def far(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"] | None:
+        return jnp.minimum(positions, self.sinks + self.window) if self.sinks else None
+
     def capacity(self, layer: Layer, length: int) -> int:
         return self.sinks + self._recent(layer)
 
@@ -151,10 +154,7 @@ class Streaming(CachePolicy):
         ]
         kv = write.ring(kv, new, step, sinks)
         if sinks:
-            at = jnp.minimum(step.positions, sinks + self.window)
-            q_far = heads.q
-            if spec.rope is not None:
-                q_far = step.rotate_to(heads.q, at, exact_angles(spec.rope))
+            q_far = step.rotate(heads.q, spec.rope, far=True)
             first = KV(kv.k[:, :, :sinks], kv.v[:, :, :sinks], kv.pos[..., :sinks])
             parts.append(
                 read.cached_attention(

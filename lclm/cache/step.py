@@ -2,13 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lclm.config import AttentionSpec, ModelConfig, RopeSpec
 from lclm.ops import rope
-from lclm.typing import Array, Float, Int
+from lclm.typing import Array, Float, Int, Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -16,18 +17,22 @@ from lclm.typing import Array, Float, Int
 class Step:
     """One call over T tokens of B rows, computed once and read by all layers.
 
-    positions: token's index in its own document or row; -1 marks padding.
-    segments: document ids for packed rows, 0 padding; None where rows are one document.
-    start: tokens each row has read before this call; None without a cache.
-    length: row length that dynamic RoPE types resolve with; None is the longest seen.
+    positions: int32 [B, T], index in the token's own document or row; -1 is padding.
+    segments: int32 [B, T], document ids of packed rows, 0 padding; None: one document.
+    start: int32 [B], tokens each row has read before this call; None without a cache.
+    length: int32 [B], row length dynamic RoPE types resolve with; None: longest seen.
+    far: tables of a policy's second query positions, in the order of `tables`.
+    policy: parameters a cache policy brought (retaining heads, gates), per layer index.
     weigh: this call only gathers evidence (a catalyst): caches keep no token of it.
     """
 
-    positions: Int[Array, "B T"]
-    segments: Int[Array, "B T"] | None
-    start: Int[Array, " B"] | None
-    length: Int[Array, " B"] | None
-    tables: tuple[tuple[Array, Array], ...]
+    positions: Leaf
+    segments: Leaf
+    start: Leaf
+    length: Leaf
+    tables: tuple[tuple[Leaf, Leaf], ...]
+    far: tuple[tuple[Leaf, Leaf], ...] | None
+    policy: Any
     keys: tuple[tuple[RopeSpec, int], ...] = dataclasses.field(
         metadata={"static": True}
     )
@@ -43,11 +48,14 @@ class Step:
         """Real tokens of each row in this call."""
         return jnp.sum(self.valid, 1, dtype=jnp.int32)
 
-    def rotate(self, x: Float[Array, "B T N H"], spec: RopeSpec | None) -> Array:
-        """Rotate queries or keys of this call to their own positions."""
+    def rotate(
+        self, x: Float[Array, "B T N H"], spec: RopeSpec | None, *, far: bool = False
+    ) -> Array:
+        """Rotate queries or keys to their own (or the policy's second) positions."""
         if spec is None:
             return x
-        cos, sin = self.tables[self.keys.index((spec, x.shape[-1]))]
+        tables = self.far if far else self.tables
+        cos, sin = tables[self.keys.index((spec, x.shape[-1]))]
         return rope.rotate(x, cos, sin, layout=spec.layout)
 
     def rotate_to(self, x: Array, positions: Array, spec: RopeSpec | None) -> Array:
@@ -66,10 +74,15 @@ def make_step(
     segments: Int[Array, "B T"] | None = None,
     start: Int[Array, " B"] | None = None,
     length: Int[Array, " B"] | None = None,
+    far: Int[Array, "B T"] | None = None,
+    policy: Any = None,
     exact: bool = False,
     weigh: bool = False,
 ) -> Step:
-    """Compute the tables every layer needs; `exact` overrides the angle mode."""
+    """Compute the tables every layer needs, once.
+
+    `far` are a policy's second query positions; `exact` overrides the angle mode.
+    """
     specs = [
         layer.mixer
         for layer in config.layers
@@ -78,12 +91,21 @@ def make_step(
     keys = tuple(dict.fromkeys((m.rope, m.head_dim) for m in specs))
     if length is None and any(spec.dynamic for spec, _ in keys):
         length = jnp.max(positions, 1) + 1
-    at = jnp.maximum(positions, 0)
-    tables = tuple(
-        rope.angles(at, exact_angles(spec) if exact else spec, size, length=length)
-        for spec, size in keys
-    )
-    return Step(positions, segments, start, length, tables, keys, weigh)
+
+    def tables(at: Array) -> tuple[tuple[Array, Array], ...]:
+        return tuple(
+            rope.angles(
+                jnp.maximum(at, 0),
+                exact_angles(spec) if exact else spec,
+                size,
+                length=length,
+            )
+            for spec, size in keys
+        )
+
+    second = None if far is None else tables(far)
+    own = tables(positions)
+    return Step(positions, segments, start, length, own, second, policy, keys, weigh)
 
 
 def exact_angles(spec: RopeSpec) -> RopeSpec:

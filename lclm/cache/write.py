@@ -12,7 +12,8 @@ from lclm.typing import Array
 def append(kv: KV, new: KV, step: Step) -> KV:
     """Slot = position: a call's tokens go behind those already there.
 
-    Padding lands in slots nobody reads (position -1) that later tokens overwrite.
+    Padding lands in slots nobody reads (position -1) that later tokens overwrite; a
+    row that reads nothing in a one-token call must have a free slot left.
     """
     start = step.start
     return KV(
@@ -100,11 +101,21 @@ def select(scores: Array, pos: Array, budget: int, protect: Array) -> Array:
 
 
 def _update(old: Array, values: Array, start: Array) -> Array:
-    """old[b, :, start[b] : start[b] + T] = values[b], in place where donated."""
-    values = values.astype(old.dtype)
+    """old[b, :, start[b] : start[b] + T] = values[b], in place where donated.
+
+    Padding that would run past the last slot is dropped: the window then starts
+    earlier and its first slots keep what they hold.
+    """
+    width = min(values.shape[2], old.shape[2])
+    values = values[:, :, :width].astype(old.dtype)
 
     def one(row: Array, value: Array, at: Array) -> Array:
-        return lax.dynamic_update_slice(row, value, (0, at, 0))
+        first = jnp.minimum(at, row.shape[1] - width)
+        if width > 1:
+            held = lax.dynamic_slice_in_dim(row, first, width, 1)
+            mine = lax.iota(jnp.int32, width)[None, :, None] >= at - first
+            value = jnp.where(mine, jnp.roll(value, at - first, 1), held)
+        return lax.dynamic_update_slice(row, value, (0, first, 0))
 
     if old.shape[0] == 1:
         return one(old[0], values[0], start[0])[None]

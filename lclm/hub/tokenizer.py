@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import tokenizers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -13,6 +13,7 @@ from lclm.errors import LclmError
 from lclm.hub.chat import render_chat
 
 
+@runtime_checkable
 class StreamDecoder(Protocol):
     """Turns ids into text as they come; never shows half a character."""
 
@@ -25,6 +26,7 @@ class StreamDecoder(Protocol):
         ...
 
 
+@runtime_checkable
 class TextCodec(Protocol):
     """What the rest of the library asks of a tokenizer."""
 

@@ -84,6 +84,7 @@ class Decoder(nn.Module):
         *,
         start: Int[Array, " B"] | None = None,
         length: Int[Array, " B"] | None = None,
+        policy_params: Any = None,
         weigh: bool = False,
     ) -> tuple[Float[Array, "B T D"], Caches | None]:
         config = self.config
@@ -97,6 +98,8 @@ class Decoder(nn.Module):
             segments=segments,
             start=start,
             length=length,
+            far=None if self.policy is None else self.policy.far(positions),
+            policy=policy_params,
             exact=self.policy is not None and self.policy.exact_angles,
             weigh=weigh,
         )

@@ -26,7 +26,7 @@ from lclm.typing import Array, Params
 BUCKETS = (16, 64, 256)
 NLL_TOKENS = 128  # rows of logits held at a time
 
-Rows = Sequence[Sequence[int]]
+Rows = Sequence[Sequence[int]] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,19 @@ class Engine:
     """What does not change between sessions: the model and how it is run.
 
     `dtype` is the type of activations; `cache_dtype` that of stored keys and values.
+    `policy_params` is what a policy with `needs.params` brought, one item per layer.
     """
 
     config: ModelConfig
     params: Params
     dtype: Any
     cache_dtype: Any
+    policy_params: Any = None
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """The arrays every compiled call takes."""
+        return {"model": self.params, "policy": self.policy_params}
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -63,12 +70,13 @@ def _read_last(
     """Read a chunk; `last` takes the final hidden state of rows that ended in it."""
     model = Decoder(config, policy, dtype=dtype)
     hidden, caches = model.apply(
-        {"params": params},
+        {"params": params["model"]},
         tokens,
         _positions(start, count, tokens.shape[1]),
         caches=caches,
         start=start,
         length=length,
+        policy_params=params["policy"],
     )
     at = jnp.maximum(count - 1, 0)[:, None, None]
     here = jnp.take_along_axis(hidden, at, 1)[:, 0]
@@ -84,16 +92,17 @@ def _read_nll(
     """Read a chunk and return each token's loss of predicting `targets`."""
     positions = _positions(start, count, tokens.shape[1])
     hidden, caches = Decoder(config, policy, dtype=dtype).apply(
-        {"params": params},
+        {"params": params["model"]},
         tokens,
         positions,
         caches=caches,
         start=start,
         length=length,
+        policy_params=params["policy"],
     )
     nll = token_nll(
         hidden,
-        output_table(config, params),
+        output_table(config, params["model"]),
         targets,
         chunk=NLL_TOKENS,
         softcap=config.final_softcap,
@@ -114,12 +123,13 @@ def _overflow(params, caches, tokens, start, length, *, config, policy, dtype):
             start, jnp.full_like(start, tokens.shape[1]), tokens.shape[1]
         )
         _, caches = Decoder(config, policy, dtype=dtype).apply(
-            {"params": params},
+            {"params": params["model"]},
             tokens,
             positions,
             caches=caches,
             start=start,
             length=length,
+            policy_params=params["policy"],
             weigh=True,
         )
     return tuple(
@@ -154,7 +164,7 @@ def _decode(
 
     def body(state):
         i, caches, hidden, start, active, out = state
-        logits = unembed(config, params, hidden)
+        logits = unembed(config, params["model"], hidden)
         draw = jax.vmap(jax.random.fold_in)(keys, start)
         token = sample(logits, draw, sampler)
         active = active & ~jnp.any(token[:, None] == eos[None], 1)
@@ -162,12 +172,13 @@ def _decode(
             out, jnp.where(active, token, -1)[:, None], (0, i)
         )
         h, caches = model.apply(
-            {"params": params},
+            {"params": params["model"]},
             token[:, None],
             jnp.where(active, start, -1)[:, None],
             caches=caches,
             start=start,
             length=start + 1,
+            policy_params=params["policy"],
         )
         hidden = jnp.where(active[:, None], h[:, 0], hidden)
         return i + 1, caches, hidden, start + active, active, out
@@ -256,7 +267,7 @@ class Session:
         total = jnp.asarray(self.start + [len(r) for r in rows], jnp.int32)
         for tokens, count in self._chunks(rows):
             self.caches, self.last = _read_last(
-                self.engine.params,
+                self.engine.weights,
                 self.caches,
                 self.last,
                 tokens,
@@ -279,7 +290,7 @@ class Session:
             real = rows[:, at + 1 : at + 1 + tokens.shape[1]]
             targets[:, : real.shape[1]] = real
             self.caches, nll = _read_nll(
-                self.engine.params,
+                self.engine.weights,
                 self.caches,
                 tokens,
                 targets,
@@ -309,7 +320,7 @@ class Session:
             limit = min(limit, self.policy.overflow.room)
             self._make_room(limit)
         self.caches, self.last, start, alive, out = _decode(
-            self.engine.params,
+            self.engine.weights,
             self.caches,
             self.last,
             jnp.asarray(self.start),
@@ -328,7 +339,7 @@ class Session:
         """Left-aligned pieces of all rows: (tokens [B, T], count [B])."""
         lengths = np.array([len(r) for r in rows], np.int32)
         sizes = pieces(int(lengths.max()), self.chunk)
-        self.reserve(int(self.start.max()) + sum(sizes))
+        self.reserve(int((self.start + lengths).max()))
         done = 0
         for size in sizes:
             count = np.clip(lengths - done, 0, size).astype(np.int32)
@@ -348,7 +359,7 @@ class Session:
                 np.asarray(self.policy.overflow.tokens, np.int32), (self.rows, 1)
             )
             self.caches = _overflow(
-                self.engine.params,
+                self.engine.weights,
                 self.caches,
                 catalyst,
                 jnp.asarray(self.start),

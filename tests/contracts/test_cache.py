@@ -1,0 +1,110 @@
+"""Laws every cache policy keeps, over every entry of the table."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from lclm import cache as policies
+from lclm.cache.base import cache_bytes, measured_bytes
+from lclm.language_model import layers_of
+from lclm.serve.session import Session
+from tests.tiny import dense_nll, tiny_lm, tokens
+
+LENGTH = 40
+CACHED = [n for n in policies.POLICIES if not policies.POLICIES[n].recompute]
+
+
+def make(name: str, budget: int) -> policies.CachePolicy:
+    """The policy with its sizes set to about `budget` tokens."""
+    cls = policies.POLICIES[name]
+    sizes = {"window", "budget"} & {f.name for f in dataclasses.fields(cls)}
+    return cls(**dict.fromkeys(sizes, budget))
+
+
+def session(name: str, budget: int, rows: int = 1, chunk: int = 16) -> Session:
+    return Session(
+        tiny_lm()._engine, make(name, budget), rows=rows, length=LENGTH, chunk=chunk
+    )
+
+
+def stored(session: Session) -> list[list[int]]:
+    """Sorted positions held by each layer of row 0."""
+    return [
+        sorted(p for p in np.asarray(g.pos[0, 0]).tolist() if p >= 0)
+        for c in session.caches
+        for g in c.groups
+    ]
+
+
+@pytest.mark.parametrize("name", policies.POLICIES)
+def test_a_budget_of_the_whole_text_equals_full_attention(name):
+    text = tokens(2, LENGTH)
+    nll = tiny_lm().nll(text, cache=make(name, LENGTH), chunk=16)
+    np.testing.assert_allclose(nll, dense_nll(tiny_lm(), text), atol=3e-5)
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_losses_do_not_depend_on_the_chunk(name):
+    text = tokens(1, LENGTH)
+    whole = tiny_lm().nll(text, cache=make(name, 9), chunk=LENGTH)
+    for chunk in (1, 16):
+        split = tiny_lm().nll(text, cache=make(name, 9), chunk=chunk)
+        np.testing.assert_allclose(split, whole, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_measured_bytes_equal_the_formula_and_stay_in_budget(name):
+    lm, policy = tiny_lm(), make(name, 9)
+    held = session(name, 9, rows=3)
+    want = cache_bytes(policy, layers_of(lm.config), 3, LENGTH, np.float32)
+    assert measured_bytes(held.caches) == want
+    held.read(tokens(3, LENGTH).tolist())
+    assert measured_bytes(held.caches) == want
+    if policy.kept is not None:
+        for cache in held.caches:
+            for group in cache.groups:
+                assert group.k.shape[2] <= policy.kept
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_chunked_reading_stores_what_token_by_token_reading_stores(name):
+    text = tokens(1, LENGTH).tolist()
+    chunked, single = session(name, 9), session(name, 9, chunk=1)
+    chunked.read(text)
+    single.read(text)
+    assert stored(chunked) == stored(single)
+    for a, b in zip(stored(chunked), stored(single), strict=True):
+        assert a == b
+        assert a[-1] == LENGTH - 1
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_rows_of_a_ragged_batch_are_independent(name):
+    lm, policy = tiny_lm(), make(name, 9)
+    rows = [tokens(1, n, seed=n)[0].tolist() for n in (3, 20, 37)]
+    together = lm.generate(rows, 6, cache=policy, chunk=16)
+    for row, result in zip(rows, together, strict=True):
+        assert lm.generate(row, 6, cache=policy, chunk=16).tokens == result.tokens
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_a_second_text_is_untouched_by_the_first_and_compiles_nothing(name):
+    from lclm.serve import session as module
+
+    lm, text = tiny_lm(), tokens(2, 20)
+    first = lm.generate(text[:1].tolist(), 4, cache=make(name, 9), chunk=16)[0].tokens
+    compiled = module._decode._cache_size(), module._read_last._cache_size()
+    lm.generate(text[1:].tolist(), 4, cache=make(name, 9), chunk=16)
+    again = lm.generate(text[:1].tolist(), 4, cache=make(name, 9), chunk=16)[0].tokens
+    assert again == first
+    assert compiled == (module._decode._cache_size(), module._read_last._cache_size())
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_the_cache_is_donated(name):
+    held = session(name, 9)
+    before = jax.tree.leaves(held.caches)
+    held.read(tokens(1, 16).tolist())
+    assert all(leaf.is_deleted() for leaf in before if leaf.size)
