@@ -4,7 +4,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table as RichTable
 
+from lclm.cli import options
 from lclm.cli.job import Job, Stage, read_job
 from lclm.cli.page import Page, Section
 from lclm.data.fetch import write_atomic
@@ -26,6 +27,21 @@ from lclm.errors import LclmError
 from lclm.evals.base import Journal, Panel
 
 Load = Callable[..., Any]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run a job; the same command again goes on where an interrupt stopped it."""
+    parser = options.Parser(
+        "run",
+        "Run the job of a config file and write its report.",
+        epilog="example: lclm run --config=configs/demo.py:length=16384",
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.py[:KEY=VALUE,...]", help="the job"
+    )
+    parser.add_argument("--workdir", help="folder of the results (runs/NAME)")
+    args = parser.parse_args(argv)
+    run(args.config, workdir=args.workdir)
 
 
 def run(
@@ -56,8 +72,8 @@ def run(
     ]
     console.print(f"[bold]{job.title or job.name}[/bold]  [dim]{job.model}[/dim]")
     with console.status(f"loading {job.model}"):
-        options = {"dtype": job.dtype} if job.dtype else {}
-        lm = (load or _load)(job.model, **options)
+        dtype = {"dtype": job.dtype} if job.dtype else {}
+        lm = (load or _load)(job.model, **dtype)
     if lm.tokenizer is None:
         raise LclmError(
             f"{job.model!r} has no tokenizer, and every stage reads text: put its "
@@ -121,7 +137,13 @@ def to_rich(panel: Panel) -> RichTable:
     """The panel as a terminal table: first column left, the rest right."""
     table = RichTable(title=panel.title, caption=panel.note or None, title_style="bold")
     for number, column in enumerate(panel.columns):
-        table.add_column(column, justify="right" if number else "left")
+        words = column in ("model said", "wanted")
+        table.add_column(
+            column,
+            justify="right" if number else "left",
+            overflow="fold",
+            no_wrap=number > 0 and not words,
+        )
     for row in panel.rows:
         table.add_row(*row)
     return table

@@ -205,14 +205,15 @@ class Perplexity:
         columns = (
             "cache",
             "tokens",
-            *(f"perplexity {_short(a)} to {_short(b)}" for a, b in spans),
+            *(f"ppl {_short(a)}-{_short(b)}" for a, b in spans),
             "bits/byte",
             "peak cache",
             "tokens/s",
         )
         note = (
-            f"{self.documents} x {self.length:,} tokens of {self.source}; tokens/s "
-            "leaves out the first chunk, which compiles."
+            f"{self.documents} x {self.length:,} tokens of {self.source}; ppl is "
+            "perplexity at those positions; tokens/s leaves out the first chunk, which "
+            "compiles."
         )
         panel = Panel("Perplexity by cache", columns, tuple(rows), note)
         header = ("cache", "bucket_start", "bucket_end", "nll", "count", "low", "high")

@@ -10,6 +10,7 @@ from eval_doubles import Scripted
 from rich.console import Console
 
 from lclm.cli.job import read_job, to_job
+from lclm.cli.main import main
 from lclm.cli.run import machine, run
 from lclm.errors import LclmError
 
@@ -109,6 +110,17 @@ def test_an_interrupt_keeps_records_and_says_how_to_go_on(config, tmp_path, lm):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2
     assert "Perplexity" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_command_runs_a_job_and_a_mistake_exits_with_two(
+    config, tmp_path, lm, monkeypatch, capsys
+):
+    monkeypatch.setattr("lclm.cli.run._load", lambda *a, **k: lm)
+    folder = tmp_path / "chosen"
+    assert main(["run", f"--config={config}", f"--workdir={folder}"]) == 0
+    assert (folder / "report.html").is_file()
+    assert main(["run", f"--config={config}:lenght=5"]) == 2
+    assert "did you mean 'length'" in capsys.readouterr().err
 
 
 def base(**more):

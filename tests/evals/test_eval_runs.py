@@ -252,9 +252,9 @@ def test_perplexity_reads_the_same_tokens_to_each_reading_s_length(
     assert [s[:2] for s in records[1]["segments"]] == [[0, 100], [100, 300], [300, 400]]
     panel = job.summary(records, trained=100).panels[0]
     assert panel.columns[2:5] == (
-        "perplexity 0 to 100",
-        "perplexity 100 to 300",
-        "perplexity 300 to 400",
+        "ppl 0-100",
+        "ppl 100-300",
+        "ppl 300-400",
     )
     assert panel.rows[0][0] == "full attention"
     assert panel.rows[0][3].endswith("(to 200)") and panel.rows[0][4] == "-"
