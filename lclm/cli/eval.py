@@ -22,16 +22,19 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", help="folder (default runs/eval-NAME)")
     args = parser.parse_args(argv)
 
-    from lclm.config import from_dict, to_dict
+    from lclm import __version__
+    from lclm.cli.job import Job, Stage
+    from lclm.config import from_dict
     from lclm.evals import EVALS
     from lclm.evals.base import Journal
 
     evaluation = from_dict(EVALS[args.name], settings(args.settings))
     lm = options.load(args)
     out = Path(args.out or f"runs/eval-{args.name}")
-    scope = json.dumps(
-        [args.name, args.model, args.dtype, args.packed, to_dict(evaluation)]
-    )
+    stage = Stage(args.name, evaluation)
+    held = " ".join(filter(None, (args.dtype, args.packed)))
+    job = Job(args.name, args.model, (stage,), held)
+    scope = job.scope(stage, version=__version__)
     with Progress() as observe:
         journal = Journal(out / "metrics.jsonl", scope=scope)
         records = evaluation.run(lm, journal=journal, observe=observe)
@@ -82,17 +85,13 @@ class Progress:
 def show(summary, out: Path) -> None:
     """Print the tables; write figures and CSV files into `out`."""
     from rich.console import Console
-    from rich.table import Table
+
+    from lclm.cli.run import to_rich
+    from lclm.data.fetch import write_atomic
 
     console = Console()
     for panel in summary.panels:
-        table = Table(*panel.columns, title=panel.title, caption=panel.note or None)
-        for row in panel.rows:
-            table.add_row(*row)
-        console.print(table)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, data in summary.figures.items():
-        (out / name).with_suffix(".png").write_bytes(data)
-    for name, text in summary.csv.items():
-        (out / name).with_suffix(".csv").write_text(text)
+        console.print(to_rich(panel))
+    for name, data in {**summary.figures, **summary.csv}.items():
+        write_atomic(out / name, data)
     print(f"records, figures and tables: {out}")

@@ -10,7 +10,7 @@ from lclm.registry import Entry, Table
 COMMANDS = Table(
     "command",
     {
-        "run": Entry("lclm.cli.run:main", "run a config: --config=configs/demo.py"),
+        "run": Entry("lclm.cli.main:run", "run a config: --config=configs/demo.py"),
         "pull": Entry("lclm.cli.pull:main", "fetch a known model into the cache"),
         "list": Entry("lclm.cli.list:main", "what there is: models, caches, evals"),
         "generate": Entry("lclm.cli.generate:main", "continue a prompt"),
@@ -52,6 +52,22 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     status = COMMANDS[argv[0]](argv[1:])
     return int(status or 0)
+
+
+def run(argv: Sequence[str]) -> None:
+    """`lclm run`: one job, from a config to a report."""
+    from lclm.cli.options import Parser
+
+    parser = Parser("run", "Run the job a config describes; again continues it.")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.py[:KEY=VALUE,...]", help="the job"
+    )
+    parser.add_argument("--workdir", help="where results go (default runs/NAME)")
+    args = parser.parse_args(argv)
+
+    from lclm.cli.run import run as run_job
+
+    run_job(args.config, workdir=args.workdir)
 
 
 def _help() -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lclm.cli import options
@@ -28,12 +29,12 @@ def main(argv: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lclm import cache, hub
+    from lclm import cache
     from lclm.cache.base import Layer, cache_bytes
     from lclm.serve.memory import available_bytes, format_bytes
 
     policies = [cache.make(text) for text in args.cache or ["full"]]
-    config = hub.describe(args.model)
+    config = describe(args.model)
     weights = parameters(config) * SIZES[args.dtype]
     layers = tuple(Layer(i, spec.mixer) for i, spec in enumerate(config.layers))
     free = available_bytes()
@@ -56,3 +57,15 @@ def parameters(config: "ModelConfig") -> int:
     from lclm.hub.names import param_shapes
 
     return sum(math.prod(shape) for shape in param_shapes(config).values())
+
+
+def describe(source: str) -> "ModelConfig":
+    """The model description of a source; a GGUF file gives it without its weights."""
+    from lclm import hub
+    from lclm.hub.gguf_file import GgufFile
+    from lclm.hub.gguf_import import gguf_config
+
+    path = Path(source)
+    if source in hub.KNOWN and not path.exists():
+        path = hub.pull(source)
+    return gguf_config(GgufFile(path)) if path.is_file() else hub.load(source).config

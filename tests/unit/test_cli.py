@@ -12,6 +12,7 @@ import lclm
 from lclm.cli import options
 from lclm.cli.eval import settings
 from lclm.cli.main import COMMANDS, main
+from lclm.cli.plan import parameters
 from lclm.errors import LclmError
 
 
@@ -45,6 +46,9 @@ class Echo:
 
     def nll(self, tokens, *, cache="full", chunk=512, progress=None):
         raise NotImplementedError
+
+    def encode(self, text):
+        return self.tokenizer.encode(text)
 
     def cache_bytes(self, cache, length):
         return 0
@@ -82,7 +86,7 @@ def test_help_names_every_command_without_importing_jax():
     assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
 
 
-@pytest.mark.parametrize("name", [n for n in COMMANDS if n != "run"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as left:
         main([name, "--help"])
@@ -99,6 +103,10 @@ def test_every_command_explains_itself(name, capsys):
         (["generate", "x", "-p", "a", "--dtype", "fp8"], "choose from"),
         (["generate", "x", "-p", ""], "the prompt is empty"),
         (["generate", "x", "-f", "/no/such/file"], "No such file"),
+        (["run"], "the following arguments are required: --config"),
+        (["run", "--config=no_such.py"], "no config file 'no_such.py'"),
+        (["plan", "no_such_model"], "no model at 'no_such_model'"),
+        (["pull", "smollm"], "did you mean 'smollm2-135m'"),
         (["list", "cache"], "choose from"),
         (["eval", "passkee", "x"], "did you mean 'passkey'"),
         (["eval", "passkey", "x", "trials"], "'trials' is not key=value"),
@@ -187,6 +195,15 @@ def test_settings_are_json_under_dotted_keys():
     assert settings(pairs) == expected | {"cache": "full"}
     with pytest.raises(LclmError, match="a was already given"):
         settings(["a=1", "a.b=2"])
+
+
+def test_parameters_are_counted_from_the_description_alone():
+    from lclm.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfig, Run
+
+    layer = LayerSpec(AttentionSpec(heads=4, kv_heads=2, head_dim=8), MlpSpec(64))
+    config = ModelConfig("llama", 100, 16, (Run((layer,), 3),), context=32)
+    attention = 16 * (32 + 16 + 16) + 32 * 16
+    assert parameters(config) == 1600 + 3 * (attention + 3 * 16 * 64 + 32) + 16
 
 
 def test_lengths_read_k_and_m():
