@@ -53,6 +53,15 @@ def test_journal_drops_a_torn_last_line_and_appends_after_it(tmp_path, cut):
     assert [json.loads(x)["seed"] for x in path.read_text().splitlines()] == [0, 2]
 
 
+def test_journal_drops_a_last_line_that_is_whole_but_no_record(tmp_path):
+    path = tmp_path / "m.jsonl"
+    Journal(path).add(record(seed=0))
+    kept = path.read_bytes()
+    path.write_bytes(kept + b'{"task": "t", "seed"\n')
+    assert [r["seed"] for r in Journal(path).records] == [0]
+    assert path.read_bytes() == kept
+
+
 def test_journal_refuses_damage_before_the_last_line(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"task": "a"}\nnot json\n{"task": "b"}\n')
