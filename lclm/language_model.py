@@ -186,14 +186,14 @@ class LanguageModel:
         policy, layers = policies.make(cache), self._engine.layers
         return cache_bytes(policy, layers, batch, length, self._engine.cache_dtype)
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text, with the start token where the model wants one."""
+    def encode(self, text: str, *, first: bool = True) -> list[int]:
+        """Tokens of a text; a first text gets the start token its model wants."""
         if self.tokenizer is None:
             raise LclmError(
                 "this model has no tokenizer: give tokens instead of text, or put a "
                 "tokenizer.json beside its weights"
             )
-        return self.tokenizer.encode(text, bos=self.config.bos is not None)
+        return self.tokenizer.encode(text, bos=first and self.tokenizer.add_bos)
 
     def _read(
         self, rows: list[list[int]], policy: CachePolicy, chunk: int, extra: int = 0
@@ -279,11 +279,7 @@ class Context:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         request = Request(max_new_tokens, sampler, stop, seed)
         if isinstance(question, str):
-            question = self.lm.encode(question)
-            bos = self.lm.config.bos
-            question = (
-                question[1:] if bos is not None and question[:1] == [bos] else question
-            )
+            question = self.lm.encode(question, first=False)
         rows = [list(question)] * self.session.rows
         session = self.session.fork()
         began = time.perf_counter()

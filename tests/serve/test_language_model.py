@@ -15,6 +15,8 @@ from tests.tiny import tiny_lm, tokens
 class Letters:
     """A tokenizer of one letter per token, for stop strings and streaming."""
 
+    add_bos = False
+
     class Stream:
         def push(self, token):
             return chr(33 + token)

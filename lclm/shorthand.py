@@ -1,0 +1,59 @@
+"""The short string form `name:key=value,...` of policies and patterns."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from lclm.errors import LclmError, did_you_mean
+from lclm.registry import Table
+
+WORDS = {int: "a whole number", float: "a number", str: "a word"}
+
+
+def build(table: Table, value: Any, example: str) -> Any:
+    """Call the table's entry that `value` names with its options, types checked.
+
+    `value` is `name:key=value,...`, or a table with a "name" beside its options.
+    """
+    if isinstance(value, str):
+        name, _, text = value.partition(":")
+        pairs = [_pair(table.kind, value, p, example) for p in text.split(",") if p]
+        options: dict[str, Any] = dict(pairs)
+    elif isinstance(value, dict):
+        options = dict(value)
+        name = options.pop("name", None)
+    else:
+        raise LclmError(
+            f"{table.kind} {value!r}: give a string such as {example!r} or a table "
+            "with a 'name'"
+        )
+    name = name.strip() if isinstance(name, str) else name
+    make = table[name]
+    return make(**{k: _typed(table.kind, make, name, k, v) for k, v in options.items()})
+
+
+def _pair(kind: str, whole: str, text: str, example: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip() or not value.strip():
+        raise LclmError(
+            f"{kind} {whole!r}: {text!r} is not key=value; write {example!r}, say"
+        )
+    return key.strip(), value.strip()
+
+
+def _typed(kind: str, make: Callable, name: str, key: str, value: Any) -> Any:
+    options = inspect.signature(make).parameters
+    if key not in options:
+        raise LclmError(
+            f"{kind} {name!r} has no option {key!r}: it has "
+            f"{', '.join(options) or 'none'}{did_you_mean(key, options)}"
+        )
+    hint = options[key].annotation
+    wanted = float if hint in (float, float | None) else str if hint is str else int
+    try:
+        typed = wanted(value)
+    except (TypeError, ValueError):
+        typed = None
+    if typed is None or (wanted is int and isinstance(value, float | bool)):
+        raise LclmError(f"{kind} {name!r}: {key}={value!r} is not {WORDS[wanted]}")
+    return typed

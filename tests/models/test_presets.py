@@ -1,0 +1,41 @@
+"""Presets have the sizes their models are published with."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lclm.config import ModelConfig, find_runs, from_dict, to_dict
+from lclm.errors import LclmError
+from lclm.models.decoder import init_params
+from lclm.models.presets import PRESETS, preset
+
+PARAMETERS = {
+    "smollm2-135m": 134_515_008,
+    "llama-2-7b": 6_738_415_616,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "qwen2-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920,
+    "gemma-3-270m": 268_098_176,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_has_the_published_number_of_parameters(name):
+    shapes = jax.eval_shape(
+        lambda: init_params(preset(name), jax.random.key(0), jnp.bfloat16)
+    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_its_dictionary_form(name):
+    assert from_dict(ModelConfig, to_dict(preset(name))) == preset(name)
+    assert find_runs(preset(name).layers) == preset(name).stack
+
+
+def test_an_unknown_preset_suggests_the_nearest():
+    with pytest.raises(LclmError, match=r"did you mean 'llama-3\.1-8b'"):
+        preset("llama-3.1-8B")
