@@ -1,13 +1,15 @@
 """Text to ids and back: the `tokenizers` package behind one small face."""
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import tokenizers
+from tokenizers import AddedToken, models
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.pre_tokenizers import ByteLevel
 
 from lclm.errors import LclmError
 from lclm.hub.chat import render_chat
@@ -161,11 +163,20 @@ class ByteTokenizer:
             None, messages, names={}, add_generation_prompt=add_generation_prompt
         )
 
+    def as_tokenizer(self) -> Tokenizer:
+        """The same ids as a `Tokenizer`, which has a file form."""
+        core = tokenizers.Tokenizer(models.BPE(vocab=dict(_GPT2_BYTES), merges=[]))
+        core.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+        core.decoder = ByteLevelDecoder()
+        names = ("<bos>", "<eos>", "<pad>")
+        core.add_special_tokens([AddedToken(n, special=True) for n in names])
+        return Tokenizer(core, specials=self.specials)
+
 
 class _ByteStream:
     """For byte-level vocabularies: each token is some bytes, UTF-8 joins them."""
 
-    def __init__(self, token_bytes, hidden: frozenset[int]):
+    def __init__(self, token_bytes: Callable[[int], bytes], hidden: frozenset[int]):
         self._bytes, self._hidden = token_bytes, hidden
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -226,8 +237,3 @@ def _level_bytes(token: str | None) -> bytes:
         return bytes(_GPT2_BYTES[c] for c in token or "")
     except KeyError:
         return (token or "").encode("utf-8")
-
-
-def first_eos(ids: Sequence[int]) -> int | None:
-    """The id that files with room for one EOS get."""
-    return ids[0] if ids else None
