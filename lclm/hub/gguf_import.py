@@ -108,7 +108,7 @@ def _read(
     rows = _row_order(config, path)
     if bits and tensor.kind in PACKABLE and len(tensor.shape) == 2:
         weight = pack(file.raw(name), tensor.kind, bits=bits)
-        return weight if rows is None else weight.take(jnp.asarray(rows))
+        return weight if rows is None else weight.gather(jnp.asarray(rows))
     values = file.read(name)
     if rows is not None:
         values = values[rows]

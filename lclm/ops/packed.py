@@ -40,14 +40,23 @@ class PackedWeight:
         return self.scale.ndim
 
     @property
+    def dtype(self):
+        """The type its values are exact in."""
+        return jnp.dtype(jnp.float32)
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         parts = (self.codes, self.scale, self.minimum)
         return sum(p.size * p.dtype.itemsize for p in parts if p is not None)
 
-    def take(self, rows: Int[Array, "..."]) -> "PackedWeight":
-        """Some rows, still packed: an embedding lookup."""
+    def gather(self, rows: Int[Array, "..."]) -> "PackedWeight":
+        """Some rows, still packed."""
         return jax.tree.map(lambda part: jnp.take(part, rows, axis=0), self)
+
+    def take(self, rows: Int[Array, "..."], dtype=jnp.float32) -> Float[Array, "..."]:
+        """Some rows, dequantised: an embedding lookup."""
+        return self.gather(rows).dequantize(dtype)
 
     def unpacked_codes(self) -> Array:
         """Codes one a cell, [..., in / 32, 32], int8 or (4 bits) uint8."""
