@@ -82,7 +82,7 @@ def test_every_needle_is_present_once_and_in_depth_order(
     assert [example.context.count(line) for line in lines] == [1] * needles
     assert actual == sorted(actual)
     for i, found in enumerate(actual):
-        assert abs(found - (depth + i * (1 - depth) / needles)) < 0.15
+        assert abs(found - (depth + i * (1 - depth) / needles)) < 0.25
     assert len(set(example.answers)) == needles
     assert len(tokenizer.encode(example.prompt)) <= 1200
 
