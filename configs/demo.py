@@ -6,8 +6,9 @@ SmolLM2-135M-Instruct (trained on 8k tokens) reads the King James Bible: 32k tok
 a sliding window and with StreamingLLM, 12k with full attention; then it is asked for a
 passkey. About 4 minutes on 2 CPU cores; downloads 103 MB once.
 Expected: past 8k, StreamingLLM keeps the perplexity it had before 8k with a cache of
-1,024 tokens; the window without sinks is many times worse from its first eviction on,
-and full attention falls apart past 8k. The passkey is found at 4k and 8k.
+1,024 tokens; the window without sinks is about twice as bad from its first eviction on
+(on the first 4k tokens: 10.7 against 5.8), and full attention falls apart past 8k. The
+passkey is found at 4k and 8k.
 """
 
 import ml_collections
