@@ -4,8 +4,8 @@
     lclm run --config=configs/needle.py:needles=3,source=austen
 
 About 6 minutes on 2 CPU cores (20 questions up to 4k tokens).
-Expected: every needle at 512, 1,024 and 2,048 tokens at depths 0, 0.5 and 0.9 (9 of 9,
-also with another implementation of the same weights).
+Expected: every needle at 512, 1,024 and 2,048 tokens at depths 0, 0.5 and 0.9 (9 of 9
+with transformers on the same weights and the same prompts).
 """
 
 import ml_collections
