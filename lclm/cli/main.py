@@ -10,7 +10,7 @@ from lclm.registry import Entry, Table
 COMMANDS = Table(
     "command",
     {
-        "run": Entry("lclm.cli.main:run", "run a config: --config=configs/demo.py"),
+        "run": Entry("lclm.cli.run:main", "run a config: --config=configs/demo.py"),
         "pull": Entry("lclm.cli.pull:main", "fetch a known model into the cache"),
         "list": Entry("lclm.cli.list:main", "what there is: models, caches, evals"),
         "generate": Entry("lclm.cli.generate:main", "continue a prompt"),
@@ -28,7 +28,10 @@ USER_ERROR, INTERRUPTED = 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 2 for a mistake in the input, 130 for an interrupt."""
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        if argv is None:
+            argv = sys.argv[1:]
+            keep_compiled()
+        return _dispatch(list(argv))
     except LclmError as error:
         print("lclm:", " ".join(str(error).split()), file=sys.stderr)
         return USER_ERROR
@@ -54,20 +57,19 @@ def _dispatch(argv: list[str]) -> int:
     return int(status or 0)
 
 
-def run(argv: Sequence[str]) -> None:
-    """`lclm run`: one job, from a config to a report."""
-    from lclm.cli.options import Parser
+def keep_compiled() -> None:
+    """Keep compiled programs between commands, apart for each kind of processor."""
+    import hashlib
 
-    parser = Parser("run", "Run the job a config describes; again continues it.")
-    parser.add_argument(
-        "--config", required=True, metavar="FILE.py[:KEY=VALUE,...]", help="the job"
-    )
-    parser.add_argument("--workdir", help="where results go (default runs/NAME)")
-    args = parser.parse_args(argv)
+    from lclm.data.fetch import cache_folder
 
-    from lclm.cli.run import run as run_job
-
-    run_job(args.config, workdir=args.workdir)
+    try:
+        with open("/proc/cpuinfo") as file:
+            kind = next((line for line in file if line.startswith("flags")), "")
+    except OSError:
+        kind = ""
+    name = "xla-" + hashlib.sha256(kind.encode()).hexdigest()[:8]
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / name))
 
 
 def _help() -> str:

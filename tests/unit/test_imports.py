@@ -9,10 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 KERNEL_IMPORTS = {"jax", "numpy", "pallas_kernels"}
-LINES, ARGUMENTS = 80, 9
-# `attention` and the public `generate` spell all their options out. Private
+LINES = 80
+# A kernel lists its arrays. The public `generate` spells its sampling out. Private
 # functions may be wide: a jitted step lists its arrays and its statics.
-WIDE = {"attention", "generate"}
+ARGUMENTS = {"lclm": 9, "pallas_kernels": 12}
+WIDE = {"generate"}
 FILE_LINES = {"lclm": 500, "pallas_kernels": 875}
 
 
@@ -113,7 +114,7 @@ def test_functions_and_files_stay_small(folder):
             if isinstance(node, ast.FunctionDef):
                 lines = node.end_lineno - node.lineno + 1
                 count = len(node.args.args) + len(node.args.kwonlyargs)
-                wide = count > ARGUMENTS and node.name not in WIDE
+                wide = count > ARGUMENTS[folder] and node.name not in WIDE
                 if lines > LINES or (wide and not node.name.startswith("_")):
                     at = f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
                     found.append(f"{at}: {lines} lines, {count} arguments")
