@@ -29,7 +29,7 @@ def save_orbax(folder: str | Path, bundle: Bundle) -> None:
     head = {"format": FORMAT, "config": to_dict(bundle.config)}
 
     def write(work: Path) -> None:
-        ocp.save_pytree((work / PARAMS).absolute(), tree)
+        ocp.save((work / PARAMS).absolute(), tree)
         (work / CONFIG).write_text(json.dumps(head, indent=2) + "\n")
         if bundle.tokenizer is not None:
             write_tokenizer(work, bundle.tokenizer)
@@ -54,7 +54,7 @@ def load_orbax(folder: Path, *, dtype: Any = None) -> Bundle:
     place = (folder / PARAMS).absolute()
     if not ocp.is_orbax_checkpoint(place):
         raise LclmError(f"{place} is not an Orbax checkpoint; it may be unfinished")
-    found = flatten(ocp.pytree_metadata(place).metadata)
+    found = flatten(ocp.metadata(place).metadata)
     check_shapes(
         {p: tuple(m.shape) for p, m in found.items()}, param_shapes(config), str(folder)
     )
@@ -65,6 +65,6 @@ def load_orbax(folder: Path, *, dtype: Any = None) -> Bundle:
         )
         for p, m in found.items()
     }
-    params = ocp.load_pytree(place, nest(target))
+    params = ocp.load(place, nest(target))
     tokenizer = read_tokenizer(folder, bos=config.bos, eos=config.eos)
     return Bundle(config, params, tokenizer, str(folder), folder)

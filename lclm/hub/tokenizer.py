@@ -1,10 +1,11 @@
 """Text to ids and back: the `tokenizers` package behind one small face."""
 
 import codecs
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import tokenizers
 from tokenizers import AddedToken, models
@@ -40,7 +41,7 @@ class TextCodec(Protocol):
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]: ...
 
-    def decode(self, ids: Iterable[int], *, special: bool = False) -> str: ...
+    def decode(self, ids: Iterable[SupportsIndex], *, special: bool = False) -> str: ...
 
     def stream(self, *, special: bool = False) -> StreamDecoder: ...
 
@@ -95,7 +96,7 @@ class Tokenizer:
             raise LclmError("this tokenizer has no BOS token; encode with bos=False")
         return [self.bos_id, *ids]
 
-    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], *, special: bool = False) -> str:
         """Text of `ids`; special tokens are left out unless `special`."""
         return self.core.decode([int(i) for i in ids], skip_special_tokens=not special)
 
@@ -146,7 +147,7 @@ class ByteTokenizer:
         """The UTF-8 bytes of `text`."""
         return [256] * bos + list(text.encode("utf-8"))
 
-    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], *, special: bool = False) -> str:
         """Bytes back to text; broken UTF-8 becomes U+FFFD, other ids vanish."""
         raw = bytes(int(i) for i in ids if 0 <= int(i) < 256)
         return raw.decode("utf-8", errors="replace")
@@ -190,11 +191,19 @@ class _ByteStream:
         return text
 
 
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+
+
 class _WindowStream:
-    """For other vocabularies: decode a short window twice and show the difference."""
+    """For other vocabularies: decode a short window twice and show the difference.
+
+    A run of SentencePiece byte tokens is text only if the whole run is valid UTF-8, so
+    a run waits for its end.
+    """
 
     def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int]):
         self._decode, self._hidden = tokenizer.decode, hidden
+        self._piece = tokenizer.core.id_to_token
         self._window: list[int] = []
         self._shown = 0
 
@@ -202,6 +211,8 @@ class _WindowStream:
         if int(token) in self._hidden:
             return ""
         self._window.append(int(token))
+        if _BYTE_PIECE.fullmatch(self._piece(int(token)) or ""):
+            return ""
         text = self._text()
         if text.endswith("\ufffd"):
             return ""
