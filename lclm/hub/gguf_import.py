@@ -68,7 +68,9 @@ class _Keys:
         )
 
 
-def load_gguf(path: str | Path, *, dtype: Any = None, packed: str | None = None):
+def load_gguf(
+    path: str | Path, *, dtype: Any = None, packed: str | None = None
+) -> Bundle:
     """Read a GGUF model file; weights become `dtype`, float32 where None.
 
     `packed="int8"` or `"int4"` keeps matrices of block types (Q4_0 to Q8_0) as

