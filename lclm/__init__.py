@@ -1,5 +1,6 @@
 """lclm: language models over long contexts, in JAX."""
 
+import importlib
 from typing import Any
 
 from lclm.errors import LclmError
@@ -13,6 +14,8 @@ def __getattr__(name: str) -> Any:
         from lclm import language_model
 
         return getattr(language_model, name)
+    if name == "evals":  # the package is itself callable: lclm.evals() lists it
+        return importlib.import_module("lclm.evals")
     raise AttributeError(f"module 'lclm' has no attribute {name!r}")
 
 
@@ -35,10 +38,3 @@ def mixers() -> dict[str, str]:
     from lclm.blocks import MIXERS
 
     return MIXERS.about()
-
-
-def evals() -> dict[str, str]:
-    """Evaluations: name -> one-line description."""
-    from lclm.evals import EVALS
-
-    return EVALS.about()

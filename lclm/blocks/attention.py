@@ -4,7 +4,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from pallas_kernels.attention import attention
 
 from lclm.cache.base import CachePolicy, Heads, Layer
 from lclm.cache.step import Step
@@ -13,6 +12,7 @@ from lclm.ops.linear import linear
 from lclm.ops.norm import rms_norm
 from lclm.typing import Array, Float
 from pallas_kernels import mask as masks
+from pallas_kernels.attention import attention
 
 INIT = nn.initializers.normal(0.02)
 
@@ -20,6 +20,13 @@ INIT = nn.initializers.normal(0.02)
 def project(module: nn.Module, name: str, x: Array, out: int, *, bias: bool) -> Array:
     """Own and apply one [out, in] projection called `name`."""
     return Projection(out, bias, parent=module, name=name)(x)
+
+
+def matrix(module: nn.Module, name: str, shape: tuple[int, int]) -> Any:
+    """A weight [out, in] of `module`, or the packed one it was given in its place."""
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, INIT, shape)
 
 
 class Projection(nn.Module):
@@ -30,7 +37,7 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        weight = self.param("weight", INIT, (self.features, x.shape[-1]))
+        weight = matrix(self, "weight", (self.features, x.shape[-1]))
         bias = None
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))

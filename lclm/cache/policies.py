@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from lclm.cache import read, write
-from lclm.cache.base import KV, Cache, CachePolicy, Evidence, Heads, Layer
+from lclm.cache.base import KV, Cache, CachePolicy, Evidence, HeadGroup, Heads, Layer
 from lclm.cache.step import Step
 from lclm.errors import LclmError
 from lclm.typing import Array, Int
@@ -39,7 +39,7 @@ class Absolute(CachePolicy):
         out, evidence, new = read.absolute(cache, heads, step, layer, sink, self.needs)
         if step.weigh:
             return out, self.weigh(cache, evidence, step)
-        return out, self.update(cache, new, step, layer, evidence)
+        return out, self.update(cache, new, step.after(out), layer, evidence)
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,9 @@ class Streaming(CachePolicy):
     def far(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"] | None:
         return jnp.minimum(positions, self.sinks + self.window) if self.sinks else None
 
-    def capacity(self, layer: Layer, length: int) -> int:
-        return self.sinks + self._recent(layer)
+    def groups(self, layer: Layer, length: int) -> tuple[HeadGroup, ...]:
+        heads = tuple(range(layer.spec.kv_heads))
+        return HeadGroup(heads, self.sinks), HeadGroup(heads, self._recent(layer))
 
     def attend(
         self,
@@ -137,8 +138,8 @@ class Streaming(CachePolicy):
         sink: Array | None = None,
     ) -> tuple[Array, Cache]:
         """See the class: recent band and sinks as two calls of one operation."""
-        (kv,) = cache.groups
-        spec, sinks = layer.spec, self.sinks
+        spec = layer.spec
+        first, recent = cache.groups
         if spec.rope is not None and spec.rope.dynamic:
             raise LclmError(
                 f"streaming with RoPE type {spec.rope.kind!r}: its angles change with "
@@ -147,28 +148,17 @@ class Streaming(CachePolicy):
         band = self._recent(layer) + 1
         q = step.rotate(heads.q, spec.rope)
         new = read.new_tokens(heads, step, layer)
-        recent = KV(kv.k[:, :, sinks:], kv.v[:, :, sinks:], kv.pos[..., sinks:])
         parts = [
             read.over_slots(q, recent.k, recent, step, layer, window=band),
-            read.within_call(q, new, step, layer, window=band, first=sinks),
+            read.within_call(q, new, step, layer, window=band, first=self.sinks),
         ]
-        kv = write.ring(kv, new, step, sinks)
-        if sinks:
+        if self.sinks:
+            first = write.head(first, new, step)
             q_far = step.rotate(heads.q, spec.rope, far=True)
-            first = KV(kv.k[:, :, :sinks], kv.v[:, :, :sinks], kv.pos[..., :sinks])
-            parts.append(
-                read.cached_attention(
-                    q_far,
-                    first.k,
-                    first.v,
-                    step.positions,
-                    first.pos,
-                    scale=spec.scale,
-                    softcap=spec.softcap,
-                )
-            )
+            parts.append(read.over_all(q_far, first, step, layer))
         out, _ = read.combine(parts, sink)
-        return out, Cache((kv,), cache.extra)
+        recent = write.ring(recent, new, step.after(out), self.sinks)
+        return out, Cache((first, recent), cache.extra)
 
     def _recent(self, layer: Layer) -> int:
         return min(self.window, (layer.spec.window or self.window + 1) - 1)

@@ -2,13 +2,13 @@
 
 import jax.numpy as jnp
 from jax import lax
-from pallas_kernels.attention import attention, merge
-from pallas_kernels.decode import cached_attention, column_sums
 
 from lclm.cache.base import KV, Cache, Evidence, Heads, Layer, Needs
 from lclm.cache.step import Step
 from lclm.typing import Array
 from pallas_kernels import mask as masks
+from pallas_kernels.attention import attention, merge
+from pallas_kernels.decode import cached_attention, column_sums
 
 
 def new_tokens(heads: Heads, step: Step, layer: Layer, *, rotated: bool = True) -> KV:
@@ -74,15 +74,23 @@ def over_slots(
     )
 
 
+def over_all(q: Array, kv: KV, step: Step, layer: Layer) -> tuple[Array, Array]:
+    """(out, lse) over every stored slot no later than the query."""
+    shared = {"scale": layer.spec.scale, "softcap": layer.spec.softcap}
+    return cached_attention(q, kv.k, kv.v, step.positions, kv.pos, **shared)
+
+
 def within_call(
     q: Array, new: KV, step: Step, layer: Layer, *, window: int | None, first: int = 0
 ) -> tuple[Array, Array]:
     """(out, lse) of the call's queries over its own tokens from position `first` on."""
+    if q.shape[1] == 1:
+        return _itself(q, new, step, layer, first)
     mask = masks.causal()
     if window is not None and window < q.shape[1]:
         mask = mask & masks.window(window)
     q_ids = jnp.where(step.valid, 1, 0)
-    kv_ids = jnp.where(step.positions >= first, 1, -1)
+    kv_ids = jnp.where(step.positions >= jnp.maximum(first, 0), 1, -1)
     return attention(
         q,
         jnp.swapaxes(new.k, 1, 2),
@@ -93,6 +101,21 @@ def within_call(
         q_segment_ids=q_ids,
         kv_segment_ids=kv_ids,
     )
+
+
+def _itself(
+    q: Array, new: KV, step: Step, layer: Layer, first: int
+) -> tuple[Array, Array]:
+    """A single token's attention to itself: its value, weighed by its own score."""
+    _, _, heads, size = q.shape
+    group = heads // new.k.shape[1]
+    scale = size**-0.5 if layer.spec.scale is None else layer.spec.scale
+    k, v = (jnp.repeat(x[:, :, 0], group, 1) for x in (new.k, new.v))
+    score = jnp.sum(q[:, 0].astype(jnp.float32) * k.astype(jnp.float32), -1) * scale
+    if layer.spec.softcap is not None:
+        score = layer.spec.softcap * jnp.tanh(score / layer.spec.softcap)
+    lse = jnp.where(step.positions >= jnp.maximum(first, 0), score, -jnp.inf)
+    return v[:, None].astype(q.dtype), lse[..., None]
 
 
 def combine(

@@ -48,6 +48,18 @@ class Step:
         """Real tokens of each row in this call."""
         return jnp.sum(self.valid, 1, dtype=jnp.int32)
 
+    def after(self, read: Float[Array, "..."]) -> "Step":
+        """The same step, with indices that cannot be known before `read` is.
+
+        A buffer that is read and written in one compiled call is copied whole unless
+        the write depends on the reads; this makes it depend on them.
+        """
+        total = jnp.sum(read.astype(jnp.float32))
+        zero = (total != total).astype(jnp.int32)
+        return dataclasses.replace(
+            self, positions=self.positions + zero, start=self.start + zero
+        )
+
     def rotate(
         self, x: Float[Array, "B T N H"], spec: RopeSpec | None, *, far: bool = False
     ) -> Array:

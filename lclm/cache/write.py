@@ -1,5 +1,7 @@
 """Writing a cache: appending, rings, and keeping chosen slots."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,56 +17,53 @@ def append(kv: KV, new: KV, step: Step) -> KV:
     Padding lands in slots nobody reads (position -1) that later tokens overwrite; a
     row that reads nothing in a one-token call must have a free slot left.
     """
-    start = step.start
-    return KV(
-        _update(kv.k, new.k, start),
-        _update(kv.v, new.v, start),
-        _update(kv.pos[..., None], new.pos[..., None], start)[..., 0],
-    )
+    return _each(lambda old, values: _update(old, values, step.start), kv, new)
 
 
-def ring(kv: KV, new: KV, step: Step, sinks: int = 0) -> KV:
-    """The first `sinks` tokens for good, then the most recent ones in a ring.
+def head(kv: KV, new: KV, step: Step) -> KV:
+    """Keep the tokens at positions 0..C-1, each in the slot of its position."""
+    if step.positions.shape[1] == 1:
+        slot = step.positions[:, 0]
+        return _replace_all(kv, new, slot, step.valid[:, 0] & (slot < kv.k.shape[2]))
+    return _refresh(kv, new, lax.iota(jnp.int32, kv.k.shape[2])[None], step)
 
-    A token at position p >= sinks lives in slot sinks + (p - sinks) mod R.
-    """
-    if kv.k.shape[2] == 0:
+
+def ring(kv: KV, new: KV, step: Step, first: int = 0) -> KV:
+    """The most recent tokens from position `first` on: p in slot (p - first) mod R."""
+    size = kv.k.shape[2]
+    if size == 0:
         return kv
     if step.positions.shape[1] == 1:
-        return _ring_one(kv, new, step, sinks)
-    slots = lax.iota(jnp.int32, kv.k.shape[2])[None]
-    size = max(kv.k.shape[2] - sinks, 1)
-    start, count = step.start[:, None], step.count[:, None]
-    last = start + count - 1
-    recent = last - jnp.mod(last - slots, size)
-    holds = jnp.where(slots < sinks, slots, recent)
-    index = holds - start
-    fresh = (index >= 0) & (index < count) & ((slots < sinks) | (holds >= sinks))
+        at = step.positions[:, 0] - first
+        return _replace_all(kv, new, jnp.mod(at, size), step.valid[:, 0] & (at >= 0))
+    last = (step.start + step.count - 1 - first)[:, None]
+    holds = last - jnp.mod(last - lax.iota(jnp.int32, size)[None], size)
+    return _refresh(kv, new, jnp.where(holds >= 0, holds + first, -1), step)
+
+
+def _refresh(kv: KV, new: KV, holds: Array, step: Step) -> KV:
+    """Fill each slot with the token at position `holds` [B, C] if the call read it."""
+    index = holds - step.start[:, None]
+    fresh = (holds >= 0) & (index >= 0) & (index < step.count[:, None])
     index = jnp.clip(index, 0, new.k.shape[2] - 1)
 
     def pick(old: Array, values: Array) -> Array:
         gathered = jnp.take_along_axis(values, index[:, None, :, None], 2)
         return jnp.where(fresh[:, None, :, None], gathered.astype(old.dtype), old)
 
-    return KV(
-        pick(kv.k, new.k),
-        pick(kv.v, new.v),
-        pick(kv.pos[..., None], new.pos[..., None])[..., 0],
-    )
+    return _each(pick, kv, new)
 
 
-def _ring_one(kv: KV, new: KV, step: Step, sinks: int) -> KV:
-    """One token per row, written in place."""
-    size = kv.k.shape[2] - sinks
-    at = jnp.maximum(step.positions[:, 0], 0)
-    slot = jnp.where(at < sinks, at, sinks + jnp.mod(at - sinks, max(size, 1)))
-    keep = step.valid[:, 0] & (slot < kv.k.shape[2])
-    slot = jnp.minimum(slot, kv.k.shape[2] - 1)
-    return KV(
-        _replace(kv.k, new.k, slot, keep),
-        _replace(kv.v, new.v, slot, keep),
-        _replace(kv.pos[..., None], new.pos[..., None], slot, keep)[..., 0],
-    )
+def _replace_all(kv: KV, new: KV, slot: Array, keep: Array) -> KV:
+    """One token per row, written in place where `keep`."""
+    slot = jnp.clip(slot, 0, kv.k.shape[2] - 1)
+    return _each(lambda old, value: _replace(old, value, slot, keep), kv, new)
+
+
+def _each(write: Callable[[Array, Array], Array], kv: KV, new: KV) -> KV:
+    """Apply one write to keys, values and positions."""
+    pos = write(kv.pos[..., None], new.pos[..., None])[..., 0]
+    return KV(write(kv.k, new.k), write(kv.v, new.v), pos)
 
 
 def gather(kv: KV, new: KV, index: Array) -> KV:

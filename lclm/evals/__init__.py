@@ -1,5 +1,8 @@
 """Does it work? Evaluations that run on any object with `nll` and `generate`."""
 
+import sys
+import types
+
 from lclm.registry import Entry, Table
 
 EVALS = Table(
@@ -21,3 +24,13 @@ EVALS = Table(
 )
 
 __all__ = ["EVALS"]
+
+
+class _Listing(types.ModuleType):
+    """Lets `lclm.evals()` list the table beside `import lclm.evals.passkey`."""
+
+    def __call__(self) -> dict[str, str]:
+        return EVALS.about()
+
+
+sys.modules[__name__].__class__ = _Listing

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lclm.blocks.attention import INIT, Scale
+from lclm.blocks.attention import Scale, matrix
 from lclm.blocks.layer import DecoderLayer
 from lclm.cache.base import CachePolicy
 from lclm.cache.step import Step, make_step
@@ -26,7 +26,7 @@ class Table(nn.Module):
     @nn.compact
     def __call__(self, tokens: Int[Array, "B T"], dtype: Any) -> Array:
         config = self.config
-        table = self.param("table", INIT, (config.vocab, config.width))
+        table = matrix(self, "table", (config.vocab, config.width))
         if isinstance(table, PackedWeight):
             rows = table.take(tokens, dtype)
         else:
@@ -44,7 +44,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self) -> Array:
-        return self.param("weight", INIT, (self.config.vocab, self.config.width))
+        return matrix(self, "weight", (self.config.vocab, self.config.width))
 
 
 class Group(nn.Module):
@@ -149,7 +149,8 @@ def unembed(
     config: ModelConfig, params: Params, hidden: Float[Array, "... D"]
 ) -> Float[Array, "... V"]:
     """float32 logits of final hidden states."""
-    logits = linear(hidden, output_table(config, params)).astype(jnp.float32)
+    table = output_table(config, params)
+    logits = linear(hidden, table).astype(jnp.float32)
     if config.final_softcap is not None:
         logits = jnp.tanh(logits / config.final_softcap) * config.final_softcap
     return logits

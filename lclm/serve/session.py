@@ -19,6 +19,7 @@ from lclm.config import ModelConfig
 from lclm.errors import LclmError
 from lclm.models.decoder import Decoder, output_table, unembed
 from lclm.ops.loss import token_nll
+from lclm.ops.packed import dequantize
 from lclm.ops.sampling import Sampler, sample
 from lclm.serve import memory
 from lclm.typing import Array, Params
@@ -102,7 +103,7 @@ def _read_nll(
     )
     nll = token_nll(
         hidden,
-        output_table(config, params["model"]),
+        dequantize(output_table(config, params["model"]), dtype),
         targets,
         chunk=NLL_TOKENS,
         softcap=config.final_softcap,
