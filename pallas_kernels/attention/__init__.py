@@ -48,6 +48,9 @@ def attention(
     return run(spec, q, k, v, sink, q_segment_ids, kv_segment_ids)
 
 
+_NOTHING = -1e30  # stands for a log-sum-exp of -inf where gradients must stay finite
+
+
 def merge(
     outs: Sequence[jax.Array], lses: Sequence[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
@@ -61,18 +64,18 @@ def merge(
             f"{len(outs)} outs and {len(lses)} lses: needs one lse for each of at "
             "least one out; pass the pairs that attention returned"
         )
-    stats = jnp.stack([x.astype(jnp.float32) for x in lses])
-    top = jax.lax.stop_gradient(stats.max(0))
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    weights = jnp.exp(stats - top)
-    total = weights.sum(0)
-    some = total > 0
-    total = jnp.where(some, total, 1.0)
-    shares = jnp.swapaxes(weights / total, -1, -2)[..., None]
-    out = sum(
-        share * x.astype(jnp.float32) for share, x in zip(shares, outs, strict=True)
-    )
-    return out.astype(outs[0].dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
+    stats = [jnp.maximum(x.astype(jnp.float32), _NOTHING) for x in lses]
+    out, lse = outs[0].astype(jnp.float32), stats[0]
+    for more, other in zip(outs[1:], stats[1:], strict=True):
+        total = jnp.logaddexp(lse, other)
+        mine, theirs = _rows(jnp.exp(lse - total)), _rows(jnp.exp(other - total))
+        out, lse = mine * out + theirs * more.astype(jnp.float32), total
+    return out.astype(outs[0].dtype), jnp.where(lse > _NOTHING / 2, lse, -jnp.inf)
+
+
+def _rows(weight: jax.Array) -> jax.Array:
+    """[B, N, T] -> [B, T, N, 1]."""
+    return jnp.swapaxes(weight, -1, -2)[..., None]
 
 
 def _check(q, k, v, mask, sink, segment_ids) -> None:
