@@ -54,7 +54,7 @@ class _Keys:
         value = self._get(name, (float, int), default)
         if value is None:
             raise self._missing(name)
-        return float(value)
+        return float(str(np.float32(value)))  # stored as float32: 1e-05, not 9.99e-06
 
     def maybe(self, name: str, kind: type) -> Any:
         return self._get(name, kind, None)

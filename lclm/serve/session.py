@@ -283,12 +283,11 @@ class Session:
         self, rows: np.ndarray, progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
         """float32 [B, T-1]: each token's loss given those before it."""
-        losses = []
+        losses, done = [], 0
         total = jnp.asarray(self.start + rows.shape[1] - 1, jnp.int32)
         for tokens, count in self._chunks(rows[:, :-1]):
-            at = int(self.start[0])
             targets = np.zeros(tokens.shape, np.int32)
-            real = rows[:, at + 1 : at + 1 + tokens.shape[1]]
+            real = rows[:, done + 1 : done + 1 + tokens.shape[1]]
             targets[:, : real.shape[1]] = real
             self.caches, nll = _read_nll(
                 self.engine.weights,
@@ -302,8 +301,9 @@ class Session:
             )
             losses.append(np.asarray(nll[:, : int(count[0])]))
             self.start = self.start + count
+            done += int(count[0])
             if progress is not None:
-                progress(int(self.start[0]))
+                progress(done)
         return np.concatenate(losses, 1)
 
     def decode(

@@ -12,7 +12,7 @@ from jax import lax
 
 from pallas_kernels.attention.xla import HIDDEN, compute_dtype
 
-_SCORES = 1 << 21  # scores held at once by the block loop
+_SCORES = 1 << 20  # scores held at once by the block loop
 _WHOLE = 2048  # caches up to this size are read whole by one query
 
 
@@ -171,11 +171,15 @@ def _blocks(scoring: _Scoring, rows, k, v, k_pos, length, block: int):
         )  # fmt: skip
         return new, total * fade + weights.sum(-1), acc
 
+    # Tied to the queries: constants of all layers would be written at the start and
+    # held until their loops run.
+    one = rows[0, 0, 0, 0].astype(jnp.float32)
+    zero = (one != one).astype(jnp.float32)
     shape = rows.shape[:3]
     state = (
-        jnp.full(shape, HIDDEN),
-        jnp.zeros(shape),
-        jnp.zeros((*shape, v.shape[3])),
+        jnp.full(shape, HIDDEN) + zero,
+        jnp.zeros(shape) + zero,
+        jnp.zeros((*shape, v.shape[3])) + zero,
     )
     state = lax.fori_loop(0, (limit + block - 1) // block, step, state)
     return tuple(x[:, :, :R] for x in state)
