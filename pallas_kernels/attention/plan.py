@@ -1,37 +1,46 @@
 """Which tiles of the score matrix a block-wise attention visits.
 
-A row of `block_q` queries visits two kinds of tiles: `wide` ones, in which every
-pair is visible, and `narrow` ones, which carry a range of keys and are masked pair by
-pair. Sizes are picked per mask by a cost model: visited pairs plus a fixed price per
-tile, with constants measured on a CPU.
+A block of `block_q` queries visits two kinds of tiles: `wide` ones, whole blocks of
+queries in which every pair is visible, and `narrow` ones, `sub` queries of the block
+against a range of keys, masked pair by pair. Sizes are picked per mask by a cost
+model: computed pairs plus a fixed price per tile.
 """
 
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 
 from pallas_kernels.mask import EMPTY, FULL, Mask
 
 _CELLS = 1 << 24  # largest base map
-_STEP = 60.0  # microseconds a tile costs whatever its size
-_PAIR, _MASKED = 1.5e-3, 2.0e-3  # microseconds a visited pair costs
-_TILE = 1 << 19  # pairs in one tile, all its heads counted
-_BASE = 64
+_BASE = 64  # queries and keys of a cell of the base map
+_TILE = 3 << 19  # most pairs in a tile, all its heads counted
+# Microseconds, measured on two CPU cores: a tile of any size, a pair, what masking adds
+# to it, and loading and storing one row of queries. Packing keys for a product costs as
+# much as `_PACK` more rows, adding to the numerator as `_ADD` more keys.
+_STEP, _PAIR, _MASK, _ROW, _PACK, _ADD = 60.0, 1.1e-3, 0.2e-3, 2e-2, 180, 80
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """Tiles of every row of queries; starts are keys, ranges are [low, high)."""
+    """Tiles of every block of queries; starts are keys, ranges are [low, high).
+
+    `ranged` says that the mask alone does not keep narrow tiles to their ranges.
+    """
 
     block_q: int
+    sub: int
     wide: int
     narrow: int
     batch: int
     keys: int
+    ranged: bool
     wide_counts: np.ndarray
     wide_starts: np.ndarray
     narrow_counts: np.ndarray
+    narrow_rows: np.ndarray
     narrow_starts: np.ndarray
     narrow_low: np.ndarray
     narrow_high: np.ndarray
@@ -44,8 +53,8 @@ class Plan:
     @property
     def pairs(self) -> int:
         """Pairs computed for one query head, masked ones included."""
-        wide, narrow = self.wide_counts.sum(), self.narrow_counts.sum()
-        return int(self.block_q * (wide * self.wide + narrow * self.narrow))
+        wide = self.wide_counts.sum() * self.block_q * self.wide
+        return int(wide + self.narrow_counts.sum() * self.sub * self.narrow)
 
 
 @functools.lru_cache(maxsize=256)
@@ -55,45 +64,42 @@ def plan(mask: Mask, T: int, S: int, offset: int, group: int, kv_heads: int) -> 
     `group` query heads share each of `kv_heads` key/value heads.
     """
     base, seen, full = _base_map(mask, T, S, offset)
-    best, best_cost = None, np.inf
-    for factor in (1, 2, 4, 8):
-        block_q = base * factor
-        if factor > 1 and block_q >= 2 * T:
-            break
-        rows = _coarse(seen, full, factor)
-        for wide in _widths(base, S):
-            full_runs, rest = _split(*rows, wide)
-            longest = max((n for _, _, n in rest), default=1)
-            for narrow in sorted({1, 2, 4, longest}):
-                width = max(narrow, wide)
-                if narrow > longest or width * base * block_q * group > 2 * _TILE:
-                    continue
-                batch = _batch(kv_heads, group * block_q * width * base)
-                tiles = [(r, s + o, min(narrow, n - o)) for r, s, n in rest
-                         for o in range(0, n, narrow)]  # fmt: skip
-                area = group * batch * block_q * base
-                cost = len(full_runs) * (_STEP + area * wide * _PAIR)
-                cost += len(tiles) * (_STEP + area * narrow * _MASKED)
-                cost += len(rows[0]) * _STEP
-                cost /= batch
-                if cost < best_cost:
-                    best_cost = cost
-                    best = (block_q, wide, narrow, batch, full_runs, tiles)
-    assert best is not None
-    return _build(base, T, S, *best)
+    best, sizes = np.inf, None
+    factors = [f for f in (1, 2, 4, 8, 16) if f == 1 or f * base < 2 * T]
+    widths = [w for w in (0, 4, 8, 16) if w <= seen.shape[1]]
+    for factor, wide in itertools.product(factors, widths):
+        starts, rest = _split(seen, full, factor, wide)
+        for sub in (f for f in factors if factor % f == 0):
+            runs = _runs(_coarse(rest, sub, np.any, False))[:, 2]
+            longest = int(runs.max(initial=1))
+            for narrow in sorted({n for n in (1, 2, 4, 8, longest) if n <= longest}):
+                tiles = int((-(-runs // narrow)).sum())
+                pairs = base * base * max(sub * narrow, factor * wide)
+                for batch in _batches(kv_heads, group * pairs):
+                    price = len(starts) * _price(group, batch, base, factor, wide)
+                    price += tiles * _price(group, batch, base, sub, narrow, _MASK)
+                    price = price / batch + len(seen) * base * group * _ROW
+                    if price < best:
+                        best, sizes = price, (factor, sub, wide, narrow, batch)
+    return build(base, seen, full, S, *sizes)
 
 
-def _widths(base: int, S: int) -> tuple[int, ...]:
-    tiles = -(-S // base)
-    return tuple(w for w in (0, 4, 8, 16) if w * base <= 1024 and w <= tiles)
+def _price(group, batch, base, rows, width, mask=0.0) -> float:
+    """Microseconds for one tile."""
+    if not width:
+        return 0.0
+    rows, width = group * rows * base, width * base
+    pair = _PAIR * (1 + _PACK / rows + _ADD / width) + mask
+    return _STEP + batch * rows * width * pair
 
 
-def _batch(kv_heads: int, tile: int) -> int:
+def _batches(kv_heads: int, tile: int) -> list[int]:
     sizes = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
-    return max(n for n in sizes if n == 1 or n * tile <= _TILE)
+    return [n for n in sizes if n == 1 or n * tile <= _TILE]
 
 
 def _base_map(mask: Mask, T: int, S: int, offset: int):
+    """Size of a cell and bool maps of cells that are not empty, and that are full."""
     base = _BASE
     while (T // base) * (S // base) > _CELLS:
         base *= 2
@@ -104,11 +110,11 @@ def _base_map(mask: Mask, T: int, S: int, offset: int):
     return base, seen, full
 
 
-def _coarse(seen: np.ndarray, full: np.ndarray, factor: int):
-    pad = ((0, -len(seen) % factor), (0, 0))
-    seen = np.pad(seen, pad).reshape(-1, factor, seen.shape[1]).any(1)
-    full = np.pad(full, pad, constant_values=True)
-    return seen, full.reshape(-1, factor, full.shape[1]).all(1)
+def _coarse(cells: np.ndarray, factor: int, join, padding: bool) -> np.ndarray:
+    """Join every `factor` rows of cells."""
+    pad = ((0, -len(cells) % factor), (0, 0))
+    cells = np.pad(cells, pad, constant_values=padding)
+    return join(cells.reshape(-1, factor, cells.shape[1]), axis=1)
 
 
 def _runs(flags: np.ndarray) -> np.ndarray:
@@ -119,40 +125,63 @@ def _runs(flags: np.ndarray) -> np.ndarray:
     return np.stack([row, start, stop - start], 1)
 
 
-def _split(seen: np.ndarray, full: np.ndarray, wide: int):
-    """Wide tiles (row, start) and the runs (row, start, length) that remain."""
-    rest = seen.copy()
-    tiles = []
-    if wide:
-        for row, start, length in _runs(full & seen):
-            for at in range(start, start + length - wide + 1, wide):
-                tiles.append((row, at))
-                rest[row, at : at + wide] = False
-    return tiles, [tuple(r) for r in _runs(rest)]
+def _pieces(runs: np.ndarray, size: int, ragged: bool) -> np.ndarray:
+    """Cut runs into (row, start, length) pieces of `size`, the last may be ragged."""
+    row, start, length = runs.T
+    counts = -(-length // size) if ragged else length // size
+    index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    at = np.repeat(start, counts) + index * size
+    left = np.repeat(start + length, counts) - at
+    return np.stack([np.repeat(row, counts), at, np.minimum(left, size)], 1)
 
 
-def _table(rows: int, entries: list[tuple[int, ...]], columns: int):
-    """Counts per row and padded int32 tables [rows, most] of the other columns."""
-    counts = np.zeros(rows, np.int32)
-    for entry in entries:
-        counts[entry[0]] += 1
-    tables = np.zeros((columns, rows, max(1, counts.max(initial=0))), np.int32)
-    used = np.zeros(rows, np.int32)
-    for row, *values in entries:
-        tables[:, row, used[row]] = values
-        used[row] += 1
+def _split(seen: np.ndarray, full: np.ndarray, factor: int, wide: int):
+    """Wide tiles (row, start, length) and the cells that they leave."""
+    if not wide:
+        return np.zeros((0, 3), int), seen
+    tiles = _pieces(_runs(_coarse(full, factor, np.all, True)), wide, False)
+    edges = np.zeros((-(-len(seen) // factor), seen.shape[1] + 1), np.int8)
+    np.add.at(edges, (tiles[:, 0], tiles[:, 1]), 1)
+    np.add.at(edges, (tiles[:, 0], tiles[:, 1] + wide), -1)
+    taken = np.cumsum(edges[:, :-1], 1, dtype=np.int8).astype(bool)
+    return tiles, seen & ~np.repeat(taken, factor, axis=0)[: len(seen)]
+
+
+def _table(rows: int, row: np.ndarray, *columns: np.ndarray):
+    """Entries per row, and each column as a padded int32 table [rows, most]."""
+    counts = np.bincount(row, minlength=rows).astype(np.int32)
+    order = np.argsort(row, kind="stable")
+    place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    tables = np.zeros((len(columns), rows, max(1, counts.max(initial=0))), np.int32)
+    for table, column in zip(tables, columns, strict=True):
+        table[row[order], place] = column[order]
     return counts, tables
 
 
-def _build(base, T, S, block_q, wide, narrow, batch, full_runs, tiles) -> Plan:
-    keys = max(-(-S // base), wide, narrow)
-    wide_counts, wide_tables = _table(-(-T // block_q), full_runs, 1)
-    spans = [(r, min(s, keys - narrow), s, s + n) for r, s, n in tiles]
-    narrow_counts, narrow_tables = _table(-(-T // block_q), spans, 3)
-    start, low, high = narrow_tables * base
+def _ranged(seen: np.ndarray, pieces: np.ndarray, narrow: int, whole: int) -> bool:
+    """Whether a piece, extended to `narrow` cells, reaches others or past `whole`."""
+    row, low, length = pieces.T
+    if (low + narrow > whole).any():
+        return True
+    counts = np.pad(np.cumsum(seen, axis=1, dtype=np.int32), ((0, 0), (1, 0)))
+    return bool((counts[row, low + narrow] > counts[row, low + length]).any())
+
+
+def build(base, seen, full, S, factor, sub, wide, narrow, batch) -> Plan:
+    """The plan with these sizes, given in cells of the base map."""
+    keys = max(seen.shape[1], wide, narrow)
+    rows = -(-len(seen) // factor)
+    tiles, rest = _split(seen, full, factor, wide)
+    wide_counts, (starts,) = _table(rows, tiles[:, 0], tiles[:, 1] * base)
+    pieces = _pieces(_runs(_coarse(rest, sub, np.any, False)), narrow, True)
+    row, low, length = pieces.T
+    per = factor // sub
+    narrow_counts, tables = _table(
+        rows, row // per, row % per * sub * base,
+        np.minimum(low, keys - narrow) * base, low * base,
+        np.minimum((low + length) * base, S),
+    )  # fmt: skip
     return Plan(
-        block_q=block_q, wide=wide * base, narrow=narrow * base, batch=batch,
-        keys=keys * base, wide_counts=wide_counts, wide_starts=wide_tables[0] * base,
-        narrow_counts=narrow_counts, narrow_starts=start, narrow_low=low,
-        narrow_high=np.minimum(high, S),
+        factor * base, sub * base, wide * base, narrow * base, batch, keys * base,
+        _ranged(_coarse(seen, sub, np.any, False), pieces, narrow, S // base), wide_counts, starts, narrow_counts, *tables,
     )  # fmt: skip

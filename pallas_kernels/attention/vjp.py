@@ -81,21 +81,23 @@ def _backward_class(spec, q, k, v, segments, d_out, lse, delta):
         own_lse = tiling.vector(lse, b, g, r)[..., None]
         own_delta = tiling.vector(delta, b, g, r)[..., None]
 
-        def step(state, start, size, seen):
+        def step(state, view, start, size, seen):
             acc, d_k, d_v = state
+            q_tile, d_tile = view.take(rows), view.take(d_rows)
             k_tile = xla.slice_keys(k_heads, start, size)
             v_tile = xla.slice_keys(v_heads, start, size)
-            raw, scores = tiling.scores(rows, k_tile, seen)
-            weights = jnp.exp(scores - own_lse)
-            d_scores = product("nqh,nkh->nqk", d_rows, v_tile) - own_delta
+            raw, scores = tiling.scores(q_tile, k_tile, seen)
+            weights = jnp.exp(scores - view.take(own_lse))
+            d_scores = product("nqh,nkh->nqk", d_tile, v_tile) - view.take(own_delta)
             d_scores = weights * d_scores
             if spec.softcap is not None:
                 d_scores *= 1.0 - jnp.square(jnp.tanh(raw / spec.softcap))
             d_scores = d_scores.astype(compute)
-            acc = acc + product("nqk,nkh->nqh", d_scores, k_tile)
-            d_k = _add(d_k, product("nqk,nqh->nkh", d_scores, rows), start)
+            part = product("nqk,nkh->nqh", d_scores, k_tile)
+            acc = view.put(acc, view.take(acc) + part)
+            d_k = _add(d_k, product("nqk,nqh->nkh", d_scores, q_tile), start)
             weights = weights.astype(compute)
-            d_v = _add(d_v, product("nqk,nqh->nkh", weights, d_rows), start)
+            d_v = _add(d_v, product("nqk,nqh->nkh", weights, d_tile), start)
             return acc, d_k, d_v
 
         acc = jnp.zeros((*rows.shape[:2], k.shape[3]))

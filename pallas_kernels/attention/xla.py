@@ -18,6 +18,9 @@ from pallas_kernels.attention.plan import Plan, plan
 from pallas_kernels.attention.spec import Spec
 
 HIDDEN = -1e30  # score of a masked pair; its weight is exactly 0
+# Scores within this bound need no running maximum: their exponentials, a million of
+# them summed, stay far inside float32. |q| |k| bounds a score (Cauchy-Schwarz).
+BOUNDED = 60.0
 
 
 @functools.cache
@@ -152,34 +155,38 @@ class Tiling:
         return lax.dynamic_update_slice(out, x, (b, g * n, r * block))
 
     def loop(self, r, segments, step, carry):
-        """Fold `step(carry, start, width, seen)` over the tiles of query block `r`.
+        """Fold `step(carry, view, start, width, seen)` over the tiles of block `r`.
 
-        `seen` is bool [block_q, width], or None where every pair is visible.
+        `view` takes and puts the rows of the tile; `seen` is bool [rows, width], or
+        None where every pair is visible.
         """
         p = self.plan
-        same = _same_segment(segments, r, p.block_q)
+        same = _same_segment(segments)
         if p.wide_counts.any():
             starts = jnp.asarray(p.wide_starts)
+            view = Rows(self.group, p.block_q, p.block_q, 0)
+            at = view.positions(r)
 
             def whole(n, carry):
                 start = starts[r, n]
-                return step(carry, start, p.wide, same(start, p.wide))
+                return step(carry, view, start, p.wide, same(at, start, p.wide))
 
             carry = lax.fori_loop(0, jnp.asarray(p.wide_counts)[r], whole, carry)
         if p.narrow_counts.any():
-            spans = jnp.asarray(
-                np.stack([p.narrow_starts, p.narrow_low, p.narrow_high])
-            )
+            tables = (p.narrow_rows, p.narrow_starts, p.narrow_low, p.narrow_high)
+            spans = jnp.asarray(tables)
 
             def masked(n, carry):
-                start, low, high = spans[0, r, n], spans[1, r, n], spans[2, r, n]
-                i = self.spec.offset + r * p.block_q + jnp.arange(p.block_q)[:, None]
+                first, start, low, high = spans[:, r, n]
+                view = Rows(self.group, p.block_q, p.sub, first)
+                at = view.positions(r)
                 j = start + jnp.arange(p.narrow)[None, :]
-                seen = self.spec.mask.visible(i, j) & (j >= low) & (j < high)
-                also = same(start, p.narrow)
-                return step(
-                    carry, start, p.narrow, seen if also is None else seen & also
-                )
+                seen = self.spec.mask.visible(self.spec.offset + at, j)
+                if p.ranged:
+                    seen = seen & (j >= low) & (j < high)
+                also = same(at, start, p.narrow)
+                seen = seen if also is None else seen & also
+                return step(carry, view, start, p.narrow, seen)
 
             carry = lax.fori_loop(0, jnp.asarray(p.narrow_counts)[r], masked, carry)
         return carry
@@ -188,12 +195,43 @@ class Tiling:
         """Raw and final scores of one tile, float32 [batch, group * block_q, width]."""
         raw = jnp.einsum("nqh,nkh->nqk", q, k, preferred_element_type=jnp.float32)
         final = self.spec.cap(raw)
-        return raw, final if seen is None else self.where(seen, final, HIDDEN)
+        return raw, final if seen is None else jnp.where(seen, final, HIDDEN)
 
-    def where(self, seen, x, value):
-        """Select by `seen` [block_q, width] for every head of the tile."""
-        shape = (self.plan.batch, self.group, self.plan.block_q, -1)
-        return jnp.where(seen, x.reshape(shape), value).reshape(x.shape)
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Queries `first .. first + size` of a block, for every head of a group.
+
+    Row arrays are [batch, group * block_q, ...].
+    """
+
+    group: int
+    block_q: int
+    size: int
+    first: jax.Array | int
+
+    def positions(self, r):
+        """Query index of each row of the tile: [group * size, 1]."""
+        one = r * self.block_q + self.first + jnp.arange(self.size)
+        return jnp.tile(one, self.group)[:, None]
+
+    def take(self, x):
+        """The rows of the tile."""
+        if self.size == self.block_q:
+            return x
+        x4 = x.reshape(x.shape[0], self.group, self.block_q, -1)
+        x4 = lax.dynamic_slice_in_dim(x4, self.first, self.size, axis=2)
+        return x4.reshape(x.shape[0], -1, *x.shape[2:])
+
+    def put(self, x, part):
+        """`x` with the rows of the tile replaced."""
+        if self.size == self.block_q:
+            return part
+        shape = (x.shape[0], self.group, -1, *x.shape[2:])
+        x4 = lax.dynamic_update_slice_in_dim(
+            x.reshape(shape), part.reshape(shape), self.first, axis=2
+        )
+        return x4.reshape(x.shape)
 
 
 def slice_keys(x, start, width: int):
@@ -208,14 +246,13 @@ def _pad(x, axis: int, size: int, value):
     return jnp.pad(x, widths, constant_values=value)
 
 
-def _same_segment(segments, r, block_q: int):
-    """A function of (start, width) that compares segment ids, or gives None."""
+def _same_segment(segments):
+    """A function of (positions, start, width): equal segment ids, or None."""
     if segments is None:
-        return lambda start, width: None
-    q_ids, k_ids = segments
-    own = lax.dynamic_slice(q_ids, (r * block_q,), (block_q,))
-    return lambda start, width: (
-        own[:, None] == lax.dynamic_slice(k_ids, (start,), (width,))[None, :]
+        return lambda at, start, width: None
+    own, other = segments
+    return lambda at, start, width: (
+        own[at] == lax.dynamic_slice(other, (start,), (width,))[None, :]
     )
 
 
@@ -236,34 +273,20 @@ def _forward_class(spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
     compute = compute_dtype(q.dtype)
     segments = pad_segments(tiling, q_segment_ids, kv_segment_ids)
     q = tiling.pad_rows(q)
-    rows = tiling.group * p.block_q
 
-    def block(r, carry, b, g, k_heads, v_heads):
+    def block(r, carry, b, g, k_heads, v_heads, longest):
         out, lse = carry
         q_rows = tiling.rows(q, b, g, r).astype(jnp.float32) * spec.scale
-        q_rows = q_rows.astype(compute)
-
-        def step(state, start, size, seen):
-            top, total, acc = state
-            tile = slice_keys(k_heads, start, size)
-            _, scores = tiling.scores(q_rows, tile, seen)
-            new = jnp.maximum(top, scores.max(-1))
-            shift = jnp.where(new > HIDDEN / 2, new, 0.0)
-            fade = jnp.exp(top - shift)
-            weights = jnp.exp(scores - shift[..., None])
-            acc = acc * fade[..., None] + jnp.einsum(
-                "nqk,nkh->nqh", weights.astype(compute),
-                slice_keys(v_heads, start, size), preferred_element_type=jnp.float32,
-            )  # fmt: skip
-            return new, total * fade + weights.sum(-1), acc
-
-        state = (
-            jnp.full((p.batch, rows), HIDDEN),
-            jnp.zeros((p.batch, rows)),
-            jnp.zeros((p.batch, rows, width)),
-        )
+        bound = longest * _longest(q_rows)
+        if spec.softcap is not None:
+            bound = jnp.minimum(bound, spec.softcap)
         ids = None if segments is None else (segments[0][b], segments[1][b])
-        top, total, acc = tiling.loop(r, ids, step, state)
+        fold = functools.partial(
+            _fold, tiling, r, ids, q_rows.astype(compute), k_heads, v_heads
+        )
+        top, total, acc = lax.cond(
+            bound <= BOUNDED, lambda: fold(_bounded), lambda: fold(_online)
+        )
         if sink is not None:
             top, total, acc = _add_sink(tiling, sink, g, top, total, acc)
         some = total > 0
@@ -275,13 +298,57 @@ def _forward_class(spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
     def heads(n, carry):
         b, g = n // (k.shape[2] // p.batch), n % (k.shape[2] // p.batch)
         k_heads, v_heads = tiling.heads(k, b, g), tiling.heads(v, b, g)
-        body = functools.partial(block, b=b, g=g, k_heads=k_heads, v_heads=v_heads)
+        longest = _longest(k_heads.astype(jnp.float32))
+        body = functools.partial(
+            block, b=b, g=g, k_heads=k_heads, v_heads=v_heads, longest=longest
+        )
         return lax.fori_loop(0, p.rows, body, carry)
 
     out = jnp.zeros((B, q.shape[1], N, width), v.dtype)
     lse = jnp.zeros((B, N, q.shape[1]), jnp.float32)
     out, lse = lax.fori_loop(0, B * (k.shape[2] // p.batch), heads, (out, lse))
     return out[:, :T], lse[:, :, :T]
+
+
+def _longest(x):
+    """Largest norm of a row."""
+    return jnp.sqrt(jnp.square(x).sum(-1).max())
+
+
+def _fold(tiling: Tiling, r, ids, q_rows, k_heads, v_heads, weigh):
+    """Row maximum or 0, denominator and numerator of one block of queries."""
+
+    def step(state, view, start, size, seen):
+        top, total, acc = (view.take(x) for x in state)
+        k_tile = slice_keys(k_heads, start, size)
+        _, scores = tiling.scores(view.take(q_rows), k_tile, seen)
+        top, fade, weights = weigh(top, scores)
+        part = jnp.einsum(
+            "nqk,nkh->nqh", weights.astype(q_rows.dtype),
+            slice_keys(v_heads, start, size), preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        if fade is not None:
+            total, acc = total * fade, acc * fade[..., None]
+        new = (top, total + weights.sum(-1), acc + part)
+        return tuple(view.put(x, y) for x, y in zip(state, new, strict=True))
+
+    shape = q_rows.shape[:2]
+    first = 0.0 if weigh is _bounded else HIDDEN
+    state = jnp.full(shape, first), jnp.zeros(shape)
+    acc = jnp.zeros((*shape, v_heads.shape[-1]))
+    return tiling.loop(r, ids, step, (*state, acc))
+
+
+def _bounded(top, scores):
+    """Weights of scores that cannot overflow: no maximum is needed."""
+    return top, None, jnp.exp(scores)
+
+
+def _online(top, scores):
+    """Weights below a running maximum, and what earlier sums shrink by."""
+    new = jnp.maximum(top, scores.max(-1))
+    shift = jnp.where(new > HIDDEN / 2, new, 0.0)
+    return new, jnp.exp(top - shift), jnp.exp(scores - shift[..., None])
 
 
 def _add_sink(tiling: Tiling, sink, g, top, total, acc):

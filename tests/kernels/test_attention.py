@@ -155,7 +155,8 @@ def test_plans_visit_every_visible_pair_once(name):
                 low, high = p.narrow_low[r, n], p.narrow_high[r, n]
                 start = p.narrow_starts[r, n]
                 assert start <= low and high <= start + p.narrow
-                visits[rows, low:high] += 1
+                first = r * p.block_q + p.narrow_rows[r, n]
+                visits[first : first + p.sub, low:high] += 1
         seen = mask.array(T, S, offset=offset)[0]
         assert (visits <= 1).all()
         assert (visits[:T, :S][seen] == 1).all()
@@ -164,9 +165,9 @@ def test_plans_visit_every_visible_pair_once(name):
 def test_work_and_memory_follow_the_mask():
     n = 16384
     window = plan.plan(M.window(512), n, n, 0, 1, 8)
-    assert window.pairs <= 1.5 * M.window(512).pairs(n, n)
+    assert window.pairs <= 1.6 * M.window(512).pairs(n, n)
     dense = plan.plan(M.causal(), n, n, 0, 1, 8)
-    assert dense.pairs <= 1.1 * M.causal().pairs(n, n)
+    assert dense.pairs <= 1.15 * M.causal().pairs(n, n)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -199,3 +200,14 @@ def test_bad_calls_name_the_value_and_the_remedy(change, text):
     with pytest.raises(ValueError) as error:
         attention(call.pop("q"), call.pop("k"), call.pop("v"), **call)
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize("size", [1.0, 12.0])
+def test_bounded_and_running_maximum_forms_agree_with_the_oracle(size):
+    q, k, v, sink = _inputs(201, 201)
+    q, k = size * q, size * k
+    largest = jnp.abs(jnp.einsum("btnh,bsnh->bnts", q[:, :, ::2], k)).max() / 4
+    assert (largest < xla.BOUNDED) == (size == 1.0)
+    args = dict(mask=M.causal() & (M.window(50) | M.sink(4)), sink=sink)
+    got = attention(q, k, v, implementation="xla", **args)
+    _close(got, attention(q, k, v, implementation="reference", **args), 1e-4)
