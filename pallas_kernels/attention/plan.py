@@ -181,7 +181,9 @@ def build(base, seen, full, S, factor, sub, wide, narrow, batch) -> Plan:
         np.minimum(low, keys - narrow) * base, low * base,
         np.minimum((low + length) * base, S),
     )  # fmt: skip
+    cells = _coarse(seen, sub, np.any, False)
+    ranged = _ranged(cells, pieces, narrow, S // base)
     return Plan(
         factor * base, sub * base, wide * base, narrow * base, batch, keys * base,
-        _ranged(_coarse(seen, sub, np.any, False), pieces, narrow, S // base), wide_counts, starts, narrow_counts, *tables,
+        ranged, wide_counts, starts, narrow_counts, *tables,
     )  # fmt: skip

@@ -21,6 +21,7 @@ HIDDEN = -1e30  # score of a masked pair; its weight is exactly 0
 # Scores within this bound need no running maximum: their exponentials, a million of
 # them summed, stay far inside float32. |q| |k| bounds a score (Cauchy-Schwarz).
 BOUNDED = 60.0
+SMALL = 1 << 20  # pairs a head below which a second form is not worth compiling
 
 
 @functools.cache
@@ -277,16 +278,19 @@ def _forward_class(spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
     def block(r, carry, b, g, k_heads, v_heads, longest):
         out, lse = carry
         q_rows = tiling.rows(q, b, g, r).astype(jnp.float32) * spec.scale
-        bound = longest * _longest(q_rows)
-        if spec.softcap is not None:
-            bound = jnp.minimum(bound, spec.softcap)
         ids = None if segments is None else (segments[0][b], segments[1][b])
         fold = functools.partial(
             _fold, tiling, r, ids, q_rows.astype(compute), k_heads, v_heads
         )
-        top, total, acc = lax.cond(
-            bound <= BOUNDED, lambda: fold(_bounded), lambda: fold(_online)
-        )
+        if p.pairs < SMALL:
+            top, total, acc = fold(_online)
+        else:
+            bound = longest * _longest(q_rows)
+            if spec.softcap is not None:
+                bound = jnp.minimum(bound, spec.softcap)
+            top, total, acc = lax.cond(
+                bound <= BOUNDED, lambda: fold(_bounded), lambda: fold(_online)
+            )
         if sink is not None:
             top, total, acc = _add_sink(tiling, sink, g, top, total, acc)
         some = total > 0
