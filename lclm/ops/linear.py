@@ -74,6 +74,6 @@ def _narrow_cpu(x: Array, weight: Array) -> Array:
 
 
 def _zero_after(x: Array) -> Array:
-    """0.0, known only once `x` is: widening all layers' weights at once costs memory."""
+    """0.0, known only once `x` is: weights widened all at once cost memory."""
     one = x[(0,) * x.ndim].astype(jnp.float32)
     return (one != one).astype(jnp.float32)
