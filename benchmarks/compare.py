@@ -196,7 +196,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
         "threads": args.threads,
-        "system": f"{platform.system()} {platform.release()}",
+        "system": platform.system(),
         "python": platform.python_version(),
         "versions": versions,
         "load_average_before": os.getloadavg(),
