@@ -70,7 +70,7 @@ def main() -> None:
         for cache, (nll, seconds) in runs.items()
     ]
     record = {
-        "command": "python -m benchmarks.past_trained",
+        "command": f"python -m benchmarks.past_trained --targets {args.targets}",
         "date": time.strftime("%Y-%m-%d"),
         "cpu": cpu_model(),
         "jax": jax.__version__,

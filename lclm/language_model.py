@@ -11,7 +11,7 @@ import numpy as np
 
 from lclm import cache as policies
 from lclm import hub
-from lclm.cache.base import CachePolicy, Layer, cache_bytes, measured_bytes
+from lclm.cache.base import CachePolicy, cache_bytes, measured_bytes
 from lclm.config import ModelConfig
 from lclm.errors import LclmError
 from lclm.models.decoder import Decoder
@@ -330,11 +330,6 @@ class Context:
         made = results(rows, self.stats) if rows else [Generation("", [], self.stats)]
         out.result = made[0]
         self.lm.last_stats = self.stats
-
-
-def layers_of(config: ModelConfig) -> tuple[Layer, ...]:
-    """Every layer of a model as cache policies know it."""
-    return tuple(Layer(i, s.mixer) for i, s in enumerate(config.layers))
 
 
 __all__ = ["Context", "LanguageModel", "load"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lclm.config import AttentionSpec
+from lclm.config import AttentionSpec, ModelConfig
 from lclm.typing import Array, Bool, Float, Int, Leaf
 
 if TYPE_CHECKING:
@@ -25,6 +25,11 @@ class Layer:
 
     index: int
     spec: AttentionSpec
+
+
+def layers_of(config: ModelConfig) -> tuple[Layer, ...]:
+    """Every layer of a model as cache policies know it."""
+    return tuple(Layer(i, s.mixer) for i, s in enumerate(config.layers))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lclm.cache.base import Cache, CachePolicy, Layer, cache_bytes
+from lclm.cache.base import Cache, CachePolicy, Layer, cache_bytes, layers_of
 from lclm.config import ModelConfig
 from lclm.errors import LclmError
 from lclm.models.decoder import Decoder, output_table, unembed
@@ -52,7 +52,7 @@ class Engine:
     @property
     def layers(self) -> tuple[Layer, ...]:
         """Every layer as policies know it."""
-        return tuple(Layer(i, s.mixer) for i, s in enumerate(self.config.layers))
+        return layers_of(self.config)
 
 
 def _positions(start: Array, count: Array, width: int) -> Array:
@@ -118,7 +118,6 @@ def _read_nll(
 )
 def _overflow(params, caches, tokens, start, length, *, config, policy, dtype):
     """The overflow step: let caches weigh a catalyst (kept by none), then compact."""
-    layers = [Layer(i, s.mixer) for i, s in enumerate(config.layers)]
     if tokens.shape[1]:
         positions = _positions(
             start, jnp.full_like(start, tokens.shape[1]), tokens.shape[1]
@@ -134,7 +133,8 @@ def _overflow(params, caches, tokens, start, length, *, config, policy, dtype):
             weigh=True,
         )
     return tuple(
-        policy.compact(c, layer) for c, layer in zip(caches, layers, strict=True)
+        policy.compact(c, layer)
+        for c, layer in zip(caches, layers_of(config), strict=True)
     )
 
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from lclm import cache as policies
-from lclm.cache.base import cache_bytes, measured_bytes
-from lclm.language_model import layers_of
+from lclm.cache.base import cache_bytes, layers_of, measured_bytes
 from lclm.serve.session import Session
 from tests.tiny import dense_nll, tiny_lm, tokens
 

@@ -7,9 +7,8 @@ import pytest
 
 import lclm
 from lclm import cache as policies
-from lclm.cache.base import measured_bytes
+from lclm.cache.base import layers_of, measured_bytes
 from lclm.evals import passkey
-from lclm.language_model import layers_of
 from lclm.models.decoder import init_params
 from lclm.models.presets import preset
 from lclm.serve import session as serve
