@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lclm.config import AttentionSpec, ModelConfig
-from lclm.typing import Array, Bool, Float, Int, Leaf
+from lclm.typing import Array, Float, Int, Leaf
 
 if TYPE_CHECKING:
     from lclm.cache.step import Step
@@ -220,8 +220,3 @@ def cache_bytes(
 def measured_bytes(caches: Any) -> int:
     """Bytes of the arrays that are really there."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
-
-
-def valid_slots(kv: KV) -> Bool[Array, "B J C"]:
-    """Slots that hold a token."""
-    return kv.pos >= 0
