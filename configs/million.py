@@ -12,13 +12,14 @@ first. The King James Bible has just over one million tokens.
 import ml_collections
 
 
-def get_config(model="smollm2-135m", source="kjv", length=1_000_000, dtype=""):
+def get_config(model="smollm2-135m", source="kjv", length=1_000_000, dtype="", quantize=""):
     """`length`: tokens to read."""
     config = ml_collections.ConfigDict()
     config.name = "million"
     config.title = "One million tokens in constant memory"
     config.model = model
     config.dtype = dtype
+    config.quantize = quantize
     splits = [s for s in (8192, 131072, 524288) if s < length]
     config.stages = [
         dict(

@@ -7,148 +7,63 @@ Everything here is data: hashable, framework-free, comparable. A preset is a val
 import dataclasses
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from lclm.errors import LclmError, did_you_mean
-
-ROPE_KINDS = (
-    "default",
-    "linear",
-    "ntk",
-    "dynamic",
-    "dynamic_linear",
-    "yarn",
-    "yarn_paper",
-    "longrope",
-    "llama3",
-    "proportional",
+from lclm.errors import LclmError, did_you_mean, unknown
+from lclm.specs import (
+    ANGLES,
+    LAYOUTS,
+    ROPE_KINDS,
+    AttentionSpec,
+    FeedForward,
+    Mixer,
+    MlpSpec,
+    NormSpec,
+    RopeSpec,
+    TimestepNormSpec,
+    _require,
 )
-LAYOUTS = ("half", "interleaved")
-ANGLES = ("hf", "exact")
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
+__all__ = [
+    "ANGLES",
+    "LAYOUTS",
+    "ROPE_KINDS",
+    "AttentionSpec",
+    "LayerSpec",
+    "MlpSpec",
+    "ModelConfig",
+    "NormSpec",
+    "RopeSpec",
+    "Run",
+    "find_runs",
+    "from_dict",
+    "to_dict",
+]
 
-def _require(ok: bool, text: str) -> None:
-    if not ok:
-        raise LclmError(text)
-
-
-@dataclass(frozen=True)
-class RopeSpec:
-    """Rotary position embedding; field names follow Hugging Face `rope_parameters`.
-
-    `context` is `max_position_embeddings`; `original` is the length the frequencies
-    were trained for (`original_max_position_embeddings`), `context` where None.
-    """
-
-    kind: str = "default"
-    theta: float = 10000.0
-    context: int = 8192
-    factor: float | None = None
-    original: int | None = None
-    partial: float = 1.0
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    short_factor: tuple[float, ...] | None = None
-    long_factor: tuple[float, ...] | None = None
-    layout: str = "half"
-    angles: str = "hf"
-
-    def __post_init__(self):
-        if self.kind not in ROPE_KINDS:
-            hint = did_you_mean(self.kind, ROPE_KINDS)
-            raise LclmError(
-                f"unknown RoPE type {self.kind!r}: known are {', '.join(ROPE_KINDS)}"
-                f"{hint}"
-            )
-        _require(self.layout in LAYOUTS, f"RoPE layout {self.layout!r}: use {LAYOUTS}")
-        _require(self.angles in ANGLES, f"RoPE angles {self.angles!r}: use {ANGLES}")
-        _require(self.theta > 0, f"rope_theta is {self.theta}; it must be > 0")
-        _require(
-            self.factor is None or self.factor > 0,
-            f"RoPE factor is {self.factor}; it must be > 0 (1 means no scaling)",
-        )
-        _require(0 < self.partial <= 1, f"partial_rotary_factor {self.partial}: 0..1")
-        _require(self.context >= 1, f"RoPE context is {self.context}; it must be >= 1")
-
-    @property
-    def dynamic(self) -> bool:
-        """Whether frequencies depend on the current length (keys cached unrotated)."""
-        return self.kind in ("dynamic", "dynamic_linear", "longrope")
-
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """Grouped-query softmax attention. `rope=None` means no position at all.
-
-    `window`: a query sees this many tokens, itself included; None sees all.
-    `scale`: multiplies q.k; None is head_dim ** -0.5. `sink`: learned logit per head.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rope: RopeSpec | None = field(default_factory=RopeSpec)
-    window: int | None = None
-    scale: float | None = None
-    softcap: float | None = None
-    qkv_bias: bool = False
-    out_bias: bool = False
-    qk_norm: bool = False
-    sink: bool = False
-
-    def __post_init__(self):
-        _require(
-            self.kv_heads >= 1 and self.heads % self.kv_heads == 0,
-            f"{self.heads} heads over {self.kv_heads} kv heads: heads must be a "
-            "multiple of kv_heads",
-        )
-        _require(
-            self.window is None or self.window >= 1,
-            f"attention window is {self.window}; it must be at least 1 token",
-        )
-
-
-@dataclass(frozen=True)
-class MlpSpec:
-    """Gated feed-forward: down(act(gate(x)) * up(x)), `width` hidden units."""
-
-    width: int
-    activation: str = "silu"
-    bias: bool = False
-
-    def __post_init__(self):
-        if self.activation not in ACTIVATIONS:
-            hint = did_you_mean(self.activation, ACTIVATIONS)
-            raise LclmError(
-                f"unknown activation {self.activation!r}: known are "
-                f"{', '.join(ACTIVATIONS)}{hint}"
-            )
-
-
-@dataclass(frozen=True)
-class NormSpec:
-    """RMSNorm: x / rms(x) * (scale + offset); Gemma stores scale with offset 1."""
-
-    eps: float = 1e-5
-    offset: float = 0.0
+WIRINGS = ("prenorm", "twohop")
+RMS = NormSpec()
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One pre-norm residual layer; `post_norms` adds Gemma's norms after each half."""
+    """One residual layer.
 
-    mixer: AttentionSpec
-    mlp: MlpSpec
-    norm: NormSpec = NormSpec()
+    "prenorm": x += mixer(norm(x)); x += mlp(norm(x)), the second half absent where
+    `mlp` is None; `post_norms` adds Gemma's norms after each half. "twohop":
+    y = x + mixer(x); x += mlp(norm(y)) (Megalodon; its mixer normalises for itself).
+    """
+
+    mixer: Mixer
+    mlp: FeedForward | None
+    norm: NormSpec = RMS
     post_norms: bool = False
+    wiring: str = "prenorm"
+
+    def __post_init__(self):
+        _require(
+            self.wiring in WIRINGS, f"wiring {self.wiring!r}: use one of {WIRINGS}"
+        )
 
 
 @dataclass(frozen=True)
@@ -165,19 +80,24 @@ class Run:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder as data. `context` is the trained length in tokens."""
+    """A decoder as data. `context` is the trained length in tokens.
+
+    `residual_float32` keeps the residual stream in float32 whatever the activations
+    are (Mamba).
+    """
 
     family: str
     vocab: int
     width: int
     stack: tuple[Run, ...]
     context: int
-    norm: NormSpec = NormSpec()
+    norm: NormSpec | TimestepNormSpec = RMS
     tied: bool = True
     embed_scale: float | None = None
     final_softcap: float | None = None
     bos: int | None = None
     eos: tuple[int, ...] = ()
+    residual_float32: bool = False
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
@@ -205,9 +125,14 @@ def find_runs(layers: tuple[LayerSpec, ...], longest: int = 8) -> tuple[Run, ...
 
 
 def to_dict(value: Any) -> Any:
-    """Plain JSON-able form of a frozen dataclass tree."""
+    """Plain JSON-able form of a frozen dataclass tree.
+
+    Specs that are one of several kinds carry their `TYPE` under "type".
+    """
     if dataclasses.is_dataclass(value):
-        return {f.name: to_dict(getattr(value, f.name)) for f in _fields(value)}
+        data = {f.name: to_dict(getattr(value, f.name)) for f in _fields(value)}
+        kind = getattr(value, "TYPE", None)
+        return data if kind is None else {"type": kind} | data
     if isinstance(value, tuple | list):
         return [to_dict(v) for v in value]
     return value
@@ -217,6 +142,8 @@ def from_dict(cls: type, data: Any, where: str = "") -> Any:
     """Rebuild `cls` from `to_dict`'s form; unknown or mistyped keys are errors."""
     if not isinstance(data, dict):
         raise LclmError(f"{where or cls.__name__}: expected a table, found {data!r}")
+    if hasattr(cls, "TYPE"):
+        data = {k: v for k, v in data.items() if k != "type"}
     hints = typing.get_type_hints(cls)
     names = [f.name for f in _fields(cls)]
     for key in data:
@@ -250,7 +177,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         tables = [a for a in args if dataclasses.is_dataclass(a)]
         scalars = [a for a in args if a is not type(None) and a not in tables]
-        return _convert((tables or scalars)[0], value, where)
+        kind = scalars[0] if scalars else _tagged(tables, value, where)
+        return _convert(kind, value, where)
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where + ".")
     if origin is tuple:
@@ -262,3 +190,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise LclmError(f"{where} is {value!r}; expected {hint.__name__}")
     return value
+
+
+def _tagged(kinds: list[type], value: Any, where: str) -> type:
+    """The dataclass that a stored table names; the first where it names none."""
+    if len(kinds) == 1:
+        return kinds[0]
+    if isinstance(value, tuple(kinds)):
+        return type(value)
+    known = {kind.TYPE: kind for kind in kinds}
+    name = value.get("type", kinds[0].TYPE) if isinstance(value, dict) else None
+    if isinstance(value, dict) and name not in known:
+        raise unknown(f"type of {where}:", name, known)
+    return known.get(name, kinds[0])

@@ -13,7 +13,7 @@ def make(settings: dict[str, Any]) -> Peer:
     from lclm.language_model import LanguageModel
 
     kept = lclm.load(
-        settings["gguf"], dtype=settings["dtype"], packed=settings.get("packed")
+        settings["gguf"], dtype=settings["dtype"], quantize=settings.get("quantize")
     )
     endless = dataclasses.replace(kept.config, eos=())
     lm = LanguageModel(endless, kept.params, dtype=kept.dtype)

@@ -5,11 +5,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from lclm.blocks.norms import Norm
 from lclm.cache.base import CachePolicy, Heads, Layer
 from lclm.cache.step import Step
-from lclm.config import AttentionSpec
+from lclm.config import AttentionSpec, NormSpec
 from lclm.ops.linear import linear
-from lclm.ops.norm import rms_norm
 from lclm.typing import Array, Float
 from pallas_kernels import mask as masks
 from pallas_kernels.attention import attention
@@ -44,19 +44,6 @@ class Projection(nn.Module):
         return linear(x, weight, bias)
 
 
-class Scale(nn.Module):
-    """RMSNorm over the last axis."""
-
-    eps: float
-    offset: float = 0.0
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        init = nn.initializers.zeros if self.offset else nn.initializers.ones
-        scale = self.param("scale", init, (x.shape[-1],))
-        return rms_norm(x, scale, eps=self.eps, offset=self.offset)
-
-
 class Attention(nn.Module):
     """The attention mixer of one layer.
 
@@ -66,8 +53,7 @@ class Attention(nn.Module):
 
     spec: AttentionSpec
     width: int
-    eps: float
-    offset: float = 0.0
+    norm: NormSpec
     index: int = 0
     policy: CachePolicy | None = None
 
@@ -101,8 +87,8 @@ class Attention(nn.Module):
         q, k = split("q", spec.heads), split("k", spec.kv_heads)
         v = split("v", spec.kv_heads)
         if spec.qk_norm:
-            q = Scale(self.eps, self.offset, name="q_norm")(q)
-            k = Scale(self.eps, self.offset, name="k_norm")(k)
+            q = Norm(self.norm, name="q_norm")(q)
+            k = Norm(self.norm, name="k_norm")(k)
         return Heads(q, k, v)
 
 

@@ -1,44 +1,108 @@
-"""One residual layer: norm, mix, add; norm, feed forward, add."""
+"""One residual layer, and the state that all layers of a model carry."""
 
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
-from lclm.blocks.attention import Attention, Scale
-from lclm.blocks.mlp import Mlp
-from lclm.cache.base import CachePolicy
+from lclm.blocks import FEED_FORWARDS, MIXERS
+from lclm.blocks.norms import Norm, norm_states
+from lclm.cache.base import CachePolicy, Layer
 from lclm.cache.step import Step
-from lclm.config import LayerSpec
+from lclm.config import AttentionSpec, LayerSpec, ModelConfig
 from lclm.typing import Array, Float
+
+# Where a mixer's parameters stand; others under their own type.
+NAMES = {"attention": "attn"}
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm residual layer; Gemma-3 also normalises what each half returns."""
+    """A mixer and a feed-forward in the wiring of their spec (`LayerSpec`).
+
+    `dtype` is the type the halves compute in where the residual stream has another.
+    """
 
     spec: LayerSpec
     width: int
     index: int = 0
     policy: CachePolicy | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], step: Step, cache: Any = None
+        self, x: Float[Array, "B T D"], step: Step, state: Any = None
     ) -> tuple[Float[Array, "B T D"], Any]:
-        spec, eps, offset = self.spec, self.spec.norm.eps, self.spec.norm.offset
-        mixer = Attention(
+        spec = self.spec
+        kind = spec.mixer.TYPE
+        mixer = MIXERS[kind](
             spec.mixer,
             self.width,
-            eps,
-            offset,
+            spec.norm,
             self.index,
             self.policy,
-            name="attn",
+            name=NAMES.get(kind, kind),
         )
-        y, cache = mixer(Scale(eps, offset, name="norm1")(x), step, cache)
+        if spec.wiring == "twohop":
+            y, state = mixer(self._cast(x), step, state)
+            return x + self._half(x + y, "norm2", self._feed_forward()), state
+        y, state = mixer(self._cast(Norm(spec.norm, name="norm1")(x)), step, state)
         if spec.post_norms:
-            y = Scale(eps, offset, name="post_norm1")(y)
-        x = x + y
-        y = Mlp(spec.mlp, name="mlp")(Scale(eps, offset, name="norm2")(x))
+            y = Norm(spec.norm, name="post_norm1")(y)
+        x = x + y.astype(x.dtype)
+        if spec.mlp is None:
+            return x, state
+        y = self._half(x, "norm2", self._feed_forward())
         if spec.post_norms:
-            y = Scale(eps, offset, name="post_norm2")(y)
-        return x + y, cache
+            y = Norm(spec.norm, name="post_norm2")(y)
+        return x + y.astype(x.dtype), state
+
+    def _feed_forward(self) -> nn.Module:
+        kind = self.spec.mlp.TYPE
+        return FEED_FORWARDS[kind](self.spec.mlp, name="mlp")
+
+    def _half(self, x: Array, norm: str, part: nn.Module) -> Array:
+        return part(self._cast(Norm(self.spec.norm, name=norm)(x)))
+
+    def _cast(self, x: Array) -> Array:
+        return x if self.dtype is None else x.astype(self.dtype)
+
+
+def init_states(
+    config: ModelConfig, policy: CachePolicy, batch: int, length: int, dtype: Any
+) -> tuple[Any, ...]:
+    """What every layer carries for rows of `length` tokens, and the final norm.
+
+    Attention layers get the policy's cache in `dtype`, other mixers their own state
+    (recurrent states in float32); a final norm with a state comes last.
+    """
+    states = []
+    for index, layer in enumerate(config.layers):
+        spec = layer.mixer
+        if isinstance(spec, AttentionSpec):
+            states.append(policy.init(Layer(index, spec), batch, length, dtype))
+        else:
+            mixer = MIXERS[spec.TYPE]
+            states.append(mixer.init_state(spec, config.width, batch, dtype))
+    return (*states, *norm_states(config.norm, batch))
+
+
+def state_bytes(
+    config: ModelConfig, policy: CachePolicy, batch: int, length: int, dtype: Any
+) -> int:
+    """Bytes that `init_states` will allocate, from shapes alone."""
+    leaves = jax.tree.leaves(
+        jax.eval_shape(lambda: init_states(config, policy, batch, length, dtype))
+    )
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+
+def each_cache(config: ModelConfig, states: tuple[Any, ...], change) -> tuple[Any, ...]:
+    """`change(cache, layer)` applied to the caches of attention layers."""
+    layers = config.layers
+    return tuple(
+        change(state, Layer(i, layers[i].mixer))
+        if i < len(layers) and isinstance(layers[i].mixer, AttentionSpec)
+        else state
+        for i, state in enumerate(states)
+    )

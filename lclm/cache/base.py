@@ -28,8 +28,12 @@ class Layer:
 
 
 def layers_of(config: ModelConfig) -> tuple[Layer, ...]:
-    """Every layer of a model as cache policies know it."""
-    return tuple(Layer(i, s.mixer) for i, s in enumerate(config.layers))
+    """Every attention layer of a model as cache policies know it."""
+    return tuple(
+        Layer(i, s.mixer)
+        for i, s in enumerate(config.layers)
+        if isinstance(s.mixer, AttentionSpec)
+    )
 
 
 @dataclass(frozen=True)
@@ -203,18 +207,6 @@ class CachePolicy:
     ) -> Cache:
         """Take the losses of a call's tokens (`needs.nll`)."""
         return cache
-
-
-def cache_bytes(
-    policy: CachePolicy, layers: tuple[Layer, ...], batch: int, length: int, dtype: Any
-) -> int:
-    """Bytes that `init` will allocate for all layers, from shapes alone."""
-
-    def build() -> tuple[Cache, ...]:
-        return tuple(policy.init(layer, batch, length, dtype) for layer in layers)
-
-    leaves = jax.tree.leaves(jax.eval_shape(build))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def measured_bytes(caches: Any) -> int:

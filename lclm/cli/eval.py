@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     lm = options.load(args)
     out = Path(args.out or f"runs/eval-{args.name}")
     stage = Stage(args.name, evaluation)
-    held = " ".join(filter(None, (args.dtype, args.packed)))
+    held = " ".join(filter(None, (args.dtype, args.packed, args.quantize)))
     job = Job(args.name, args.model, (stage,), held)
     scope = job.scope(stage, version=__version__)
     with Progress() as observe:

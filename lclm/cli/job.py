@@ -16,7 +16,7 @@ from lclm.errors import LclmError, did_you_mean
 from lclm.evals import EVALS
 from lclm.evals.base import Evaluation
 
-JOB_KEYS = ("name", "model", "dtype", "title", "about", "stages")
+JOB_KEYS = ("name", "model", "dtype", "quantize", "title", "about", "stages")
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,21 @@ class Job:
     model: str
     stages: tuple[Stage, ...]
     dtype: str = ""
+    quantize: str = ""
     title: str = ""
     about: str = ""
 
     def scope(self, stage: Stage, *, version: str) -> str:
         """What a record must share, besides its key, to be this stage's."""
         told = {n: getattr(stage.evaluation, n) for n in stage.evaluation.SCOPE}
-        text = json.dumps([stage.kind, self.dtype, version, told], sort_keys=True)
+        held = " ".join(filter(None, (self.dtype, self.quantize)))
+        text = json.dumps([stage.kind, held, version, told], sort_keys=True)
         return f"{self.model}/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def to_json(self) -> str:
         """The whole job as indented JSON."""
-        data = {f: getattr(self, f) for f in ("name", "model", "dtype", "title")}
+        kept = ("name", "model", "dtype", "quantize", "title")
+        data = {f: getattr(self, f) for f in kept}
         data["stages"] = [s.settings() for s in self.stages]
         return json.dumps(data, indent=2)
 

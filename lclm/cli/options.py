@@ -33,6 +33,9 @@ def model_options(parser: Parser) -> None:
     parser.add_argument(
         "--packed", choices=("int8", "int4"), help="keep GGUF weights packed"
     )
+    parser.add_argument(
+        "--quantize", choices=("int8",), help="round matrices: fastest on a CPU"
+    )
 
 
 def cache_options(parser: Parser) -> None:
@@ -68,7 +71,9 @@ def load(args: argparse.Namespace) -> "LanguageModel":
     """The model that `model_options` names."""
     import lclm
 
-    return lclm.load(args.model, dtype=args.dtype, packed=args.packed)
+    return lclm.load(
+        args.model, dtype=args.dtype, packed=args.packed, quantize=args.quantize
+    )
 
 
 def positive(text: str) -> int:

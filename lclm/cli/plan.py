@@ -30,13 +30,12 @@ def main(argv: Sequence[str]) -> None:
     from rich.table import Table
 
     from lclm import cache
-    from lclm.cache.base import Layer, cache_bytes
+    from lclm.blocks.layer import state_bytes
     from lclm.serve.memory import available_bytes, format_bytes
 
     policies = [cache.make(text) for text in args.cache or ["full"]]
     config = describe(args.model)
     weights = parameters(config) * SIZES[args.dtype]
-    layers = tuple(Layer(i, spec.mixer) for i, spec in enumerate(config.layers))
     free = available_bytes()
     print(f"{parameters(config):,} parameters, {args.dtype}: {format_bytes(weights)}")
     print(f"available: {format_bytes(free)}" if free else "available: not known")
@@ -45,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
         row = []
         for length in args.lengths:
             dtype = getattr(jnp, args.dtype)
-            size = cache_bytes(policy, layers, args.batch, length, dtype)
+            size = state_bytes(config, policy, args.batch, length, dtype)
             fits = free is None or weights + size <= free
             row.append(format_bytes(size) + ("" if fits else " (does not fit)"))
         table.add_row(text, *row)

@@ -72,8 +72,8 @@ def run(
     ]
     console.print(f"[bold]{job.title or job.name}[/bold]  [dim]{job.model}[/dim]")
     with console.status(f"loading {job.model}"):
-        dtype = {"dtype": job.dtype} if job.dtype else {}
-        lm = (load or _load)(job.model, **dtype)
+        held = {"dtype": job.dtype, "quantize": job.quantize}
+        lm = (load or _load)(job.model, **{k: v for k, v in held.items() if v})
     if lm.tokenizer is None:
         raise LclmError(
             f"{job.model!r} has no tokenizer, and every stage reads text: put its "

@@ -3,8 +3,9 @@
 Weights are [out, in] here and in every format, so a name is all that changes.
 """
 
-from lclm.config import LayerSpec, ModelConfig
+from lclm.config import ModelConfig
 from lclm.errors import unknown
+from lclm.models.decoder import param_shapes
 
 _HF_LAYER = {
     "attn/q": "self_attn.q_proj",
@@ -56,48 +57,6 @@ _TOP_GGUF = {
     "final_norm/scale": "output_norm.weight",
     "head/weight": "output.weight",
 }
-
-
-def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter path of the model with its shape, in file order."""
-    shapes: dict[str, tuple[int, ...]] = {"embed/table": (config.vocab, config.width)}
-    for i, layer in enumerate(config.layers):
-        for path, shape in _layer_shapes(layer, config.width).items():
-            shapes[f"layers_{i}/{path}"] = shape
-    shapes["final_norm/scale"] = (config.width,)
-    if not config.tied:
-        shapes["head/weight"] = (config.vocab, config.width)
-    return shapes
-
-
-def _layer_shapes(layer: LayerSpec, width: int) -> dict[str, tuple[int, ...]]:
-    mixer, mlp = layer.mixer, layer.mlp
-    query, key = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
-    norms = ("norm1", "post_norm1", "norm2", "post_norm2")
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{n}/scale": (width,)
-        for n in norms
-        if layer.post_norms or not n.startswith("post")
-    }
-    linears = {
-        "attn/q": (query, width, mixer.qkv_bias),
-        "attn/k": (key, width, mixer.qkv_bias),
-        "attn/v": (key, width, mixer.qkv_bias),
-        "attn/o": (width, query, mixer.out_bias),
-        "mlp/gate": (mlp.width, width, mlp.bias),
-        "mlp/up": (mlp.width, width, mlp.bias),
-        "mlp/down": (width, mlp.width, mlp.bias),
-    }
-    for name, (rows, columns, bias) in linears.items():
-        shapes[f"{name}/weight"] = (rows, columns)
-        if bias:
-            shapes[f"{name}/bias"] = (rows,)
-    if mixer.qk_norm:
-        shapes["attn/q_norm/scale"] = (mixer.head_dim,)
-        shapes["attn/k_norm/scale"] = (mixer.head_dim,)
-    if mixer.sink:
-        shapes["attn/sink"] = (mixer.heads,)
-    return shapes
 
 
 def hf_names(config: ModelConfig, family: str) -> dict[str, str]:

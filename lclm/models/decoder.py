@@ -6,13 +6,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lclm.blocks.attention import Scale, matrix
+from lclm.blocks.attention import matrix
 from lclm.blocks.layer import DecoderLayer
+from lclm.blocks.norms import Norm
 from lclm.cache.base import CachePolicy
 from lclm.cache.step import Step, make_step
-from lclm.config import ModelConfig, Run
+from lclm.config import LayerSpec, ModelConfig, Run
+from lclm.ops.int8 import Int8Weight
 from lclm.ops.linear import linear
-from lclm.ops.packed import PackedWeight
+from lclm.ops.packed import PackedWeight, dequantize
 from lclm.typing import Array, Float, Int, Params
 
 Caches = tuple[Any, ...]
@@ -27,7 +29,7 @@ class Table(nn.Module):
     def __call__(self, tokens: Int[Array, "B T"], dtype: Any) -> Array:
         config = self.config
         table = matrix(self, "table", (config.vocab, config.width))
-        if isinstance(table, PackedWeight):
+        if isinstance(table, PackedWeight | Int8Weight):
             rows = table.take(tokens, dtype)
         else:
             rows = table[tokens].astype(dtype)
@@ -52,11 +54,13 @@ class Group(nn.Module):
 
     run: Run
     width: int
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Array, step: Step) -> tuple[Array, None]:
         for j, spec in enumerate(self.run.group):
-            x, _ = DecoderLayer(spec, self.width, name=f"block_{j}")(x, step)
+            layer = DecoderLayer(spec, self.width, dtype=self.dtype, name=f"block_{j}")
+            x, _ = layer(x, step)
         return x, None
 
 
@@ -89,9 +93,7 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Caches | None]:
         config = self.config
         if positions is None:
-            positions = jnp.broadcast_to(
-                jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
-            )
+            positions = document_positions(tokens, segments)
         step = make_step(
             config,
             positions,
@@ -103,14 +105,16 @@ class Decoder(nn.Module):
             exact=self.policy is not None and self.policy.exact_angles,
             weigh=weigh,
         )
-        x = Table(config, name="embed")(tokens, self.dtype)
+        residual = jnp.float32 if config.residual_float32 else self.dtype
+        x = Table(config, name="embed")(tokens, residual)
         if not config.tied:
             Head(config, name="head")()
         if self.scan:
             x = self._scanned(x, step)
         else:
             x, caches = self._unrolled(x, step, caches)
-        return Scale(config.norm.eps, config.norm.offset, name="final_norm")(x), caches
+        x = Norm(config.norm, name="final_norm")(x)
+        return x.astype(self.dtype), caches
 
     def _unrolled(
         self, x: Array, step: Step, caches: Caches | None
@@ -119,11 +123,16 @@ class Decoder(nn.Module):
         layer_class = nn.remat(DecoderLayer) if self.remat else DecoderLayer
         for i, spec in enumerate(self.config.layers):
             layer = layer_class(
-                spec, self.config.width, i, self.policy, name=f"layers_{i}"
+                spec,
+                self.config.width,
+                i,
+                self.policy,
+                self.dtype,
+                name=f"layers_{i}",
             )
             x, cache = layer(x, step, None if caches is None else caches[i])
             new.append(cache)
-        return x, None if caches is None else tuple(new)
+        return x, None if caches is None else (*new, *caches[len(new) :])
 
     def _scanned(self, x: Array, step: Step) -> Array:
         group = nn.remat(Group, prevent_cse=False) if self.remat else Group
@@ -135,14 +144,54 @@ class Decoder(nn.Module):
                 in_axes=nn.broadcast,
                 length=run.repeats,
             )
-            x, _ = stacked(run, self.config.width, name=f"run_{r}")(x, step)
+            x, _ = stacked(run, self.config.width, self.dtype, name=f"run_{r}")(x, step)
         return x
+
+
+def document_positions(
+    tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None
+) -> Int[Array, "B T"]:
+    """Each token's index in its own document; -1 for padding (segment 0)."""
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if segments is None:
+        return index
+    first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    start = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+    return jnp.where(segments > 0, index - start, -1)
 
 
 def init_params(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
     """Fresh parameters, one sub-tree per layer."""
     params = Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter path of the model with its shape; nothing is allocated."""
+    shapes = {"embed/table": (config.vocab, config.width)}
+    kinds = {spec: _layer_shapes(config, spec) for spec in set(config.layers)}
+    for i, spec in enumerate(config.layers):
+        for path, shape in kinds[spec].items():
+            shapes[f"layers_{i}/{path}"] = shape
+    norm = Norm(config.norm, name="final_norm")
+    shapes |= {f"final_norm/{p}": s for p, s in _shapes(config, norm).items()}
+    if not config.tied:
+        shapes["head/weight"] = (config.vocab, config.width)
+    return shapes
+
+
+def _layer_shapes(config: ModelConfig, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+    one = jnp.zeros((1, 1), jnp.int32)
+    return _shapes(config, DecoderLayer(spec, config.width), make_step(config, one))
+
+
+def _shapes(config: ModelConfig, module: nn.Module, *rest: Any) -> dict[str, Any]:
+    def build() -> Params:
+        x = jnp.zeros((1, 1, config.width))
+        return module.init(jax.random.key(0), x, *rest)["params"]
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(jax.eval_shape(build))
+    return {"/".join(key.key for key in path): leaf.shape for path, leaf in flat}
 
 
 def unembed(
@@ -159,6 +208,12 @@ def unembed(
 def output_table(config: ModelConfig, params: Params) -> Array:
     """The [V, D] matrix that turns hidden states into logits."""
     return params["embed"]["table"] if config.tied else params["head"]["weight"]
+
+
+def loss_table(config: ModelConfig, params: Params, dtype: Any) -> Any:
+    """The output matrix as `token_nll` takes it: dense in `dtype`, or int8 rows."""
+    table = output_table(config, params)
+    return table if isinstance(table, Int8Weight) else dequantize(table, dtype)
 
 
 def stack_params(config: ModelConfig, params: Params) -> Params:

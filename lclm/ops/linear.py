@@ -18,6 +18,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
+from lclm.ops.int8 import Int8Weight
 from lclm.ops.packed import PackedWeight
 from lclm.typing import Array, Float
 
@@ -37,13 +38,15 @@ def has_amx() -> bool:
 
 def linear(
     x: Float[Array, "... I"],
-    weight: Float[Array, "O I"] | PackedWeight,
+    weight: Float[Array, "O I"] | PackedWeight | Int8Weight,
     bias: Float[Array, " O"] | None = None,
 ) -> Float[Array, "... O"]:
     """x W^T + b in x's type, accumulated in float32."""
     if isinstance(weight, PackedWeight):
         weight = weight.dequantize(x.dtype)
-    if weight.dtype == jnp.float32:
+    if isinstance(weight, Int8Weight):
+        y = weight.product(x).astype(x.dtype)
+    elif weight.dtype == jnp.float32:
         y = _product(x, weight)
     else:
         y = lax.platform_dependent(x, weight, cpu=_narrow_cpu, default=_product)

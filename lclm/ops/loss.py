@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from lclm.errors import LclmError
+from lclm.ops.int8 import Int8Weight
 from lclm.typing import Array, Float, Int
 
 
 def token_nll(
     hidden: Float[Array, "B T D"],
-    table: Float[Array, "V D"],
+    table: Float[Array, "V D"] | Int8Weight,
     targets: Int[Array, "B T"],
     *,
     chunk: int = 256,
@@ -88,7 +89,10 @@ _nll.defvjp(_forward, _backward)
 
 
 def _logits(rows: Array, table: Array, softcap: float | None) -> Array:
-    logits = _dot(rows, table, 1, 1)
+    if isinstance(table, Int8Weight):
+        logits = table.product(rows)
+    else:
+        logits = _dot(rows, table, 1, 1)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 

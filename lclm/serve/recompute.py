@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lclm.cache.policies import Recompute
-from lclm.models.decoder import Decoder, output_table, unembed
+from lclm.models.decoder import Decoder, loss_table, unembed
 from lclm.ops.loss import token_nll
-from lclm.ops.packed import dequantize
 from lclm.ops.sampling import sample
 from lclm.serve.generate import Request, _Row
 from lclm.serve.result import Generation, Stats
@@ -25,7 +24,7 @@ def _window_nll(params, tokens, targets, *, config, dtype, last):
     hidden, _ = Decoder(config, dtype=dtype).apply({"params": params}, tokens)
     return token_nll(
         hidden[:, -last:],
-        dequantize(output_table(config, params), dtype),
+        loss_table(config, params, dtype),
         targets[:, -last:],
         chunk=min(NLL_TOKENS, last),
         softcap=config.final_softcap,

@@ -14,20 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lclm.cache.base import Cache, CachePolicy, Layer, cache_bytes, layers_of
+from lclm.blocks.layer import each_cache, init_states, state_bytes
+from lclm.cache.base import Cache, CachePolicy, Layer, layers_of
 from lclm.config import ModelConfig
 from lclm.errors import LclmError
-from lclm.models.decoder import Decoder, output_table, unembed
+from lclm.models.decoder import Decoder, loss_table, unembed
 from lclm.ops.loss import token_nll
-from lclm.ops.packed import dequantize
 from lclm.ops.sampling import Sampler, sample
 from lclm.serve import memory
-from lclm.typing import Array, Params
+from lclm.typing import Array, Leaf, Params
 
 BUCKETS = (16, 64, 256)
 NLL_TOKENS = 128  # rows of logits held at a time
 
-Rows = Sequence[Sequence[int]] | np.ndarray
+Texts = Sequence[Sequence[int]] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -55,142 +55,149 @@ class Engine:
         return layers_of(self.config)
 
 
-def _positions(start: Array, count: Array, width: int) -> Array:
-    offset = lax.iota(jnp.int32, width)[None]
-    return jnp.where(offset < count[:, None], start[:, None] + offset, -1)
+@dataclass(frozen=True)
+class How:
+    """What a compiled call is specialised on."""
 
+    config: ModelConfig
+    policy: CachePolicy
+    dtype: Any
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "policy", "dtype"),
-    donate_argnames=("caches", "last"),
-)
-def _read_last(
-    params, caches, last, tokens, start, count, length, *, config, policy, dtype
-):
-    """Read a chunk; `last` takes the final hidden state of rows that ended in it."""
-    model = Decoder(config, policy, dtype=dtype)
-    hidden, caches = model.apply(
-        {"params": params["model"]},
-        tokens,
-        _positions(start, count, tokens.shape[1]),
-        caches=caches,
-        start=start,
-        length=length,
-        policy_params=params["policy"],
-    )
-    at = jnp.maximum(count - 1, 0)[:, None, None]
-    here = jnp.take_along_axis(hidden, at, 1)[:, 0]
-    return caches, jnp.where(count[:, None] > 0, here, last)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("config", "policy", "dtype"), donate_argnames="caches"
-)
-def _read_nll(
-    params, caches, tokens, targets, start, count, length, *, config, policy, dtype
-):
-    """Read a chunk and return each token's loss of predicting `targets`."""
-    positions = _positions(start, count, tokens.shape[1])
-    hidden, caches = Decoder(config, policy, dtype=dtype).apply(
-        {"params": params["model"]},
-        tokens,
-        positions,
-        caches=caches,
-        start=start,
-        length=length,
-        policy_params=params["policy"],
-    )
-    nll = token_nll(
-        hidden,
-        dequantize(output_table(config, params["model"]), dtype),
-        targets,
-        chunk=NLL_TOKENS,
-        softcap=config.final_softcap,
-    )
-    if policy.needs.nll:
-        caches = tuple(policy.observe(c, nll, positions) for c in caches)
-    return caches, nll
-
-
-@functools.partial(
-    jax.jit, static_argnames=("config", "policy", "dtype"), donate_argnames="caches"
-)
-def _overflow(params, caches, tokens, start, length, *, config, policy, dtype):
-    """The overflow step: let caches weigh a catalyst (kept by none), then compact."""
-    if tokens.shape[1]:
-        positions = _positions(
-            start, jnp.full_like(start, tokens.shape[1]), tokens.shape[1]
-        )
-        _, caches = Decoder(config, policy, dtype=dtype).apply(
-            {"params": params["model"]},
+    def forward(
+        self, weights, caches, tokens, positions, *, start, length, weigh=False
+    ):
+        """Final hidden states of a chunk, and the caches behind it."""
+        return Decoder(self.config, self.policy, dtype=self.dtype).apply(
+            {"params": weights["model"]},
             tokens,
             positions,
             caches=caches,
             start=start,
             length=length,
-            policy_params=params["policy"],
-            weigh=True,
+            policy_params=weights["policy"],
+            weigh=weigh,
         )
-    return tuple(
-        policy.compact(c, layer)
-        for c, layer in zip(caches, layers_of(config), strict=True)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [B, T] to read: `count` [B] of them real, behind `start` [B] others.
+
+    `length` [B] is what dynamic RoPE types resolve with.
+    """
+
+    tokens: Leaf
+    start: Leaf
+    count: Leaf
+    length: Leaf
+
+    @property
+    def positions(self) -> Array:
+        """int32 [B, T], -1 for padding."""
+        offset = lax.iota(jnp.int32, self.tokens.shape[1])[None]
+        return jnp.where(offset < self.count[:, None], self.start[:, None] + offset, -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """Rows being decoded: caches, final hidden states [B, D], lengths, which go on."""
+
+    caches: Leaf
+    hidden: Leaf
+    start: Leaf
+    active: Leaf
+
+
+def _forward(weights, caches, chunk: Chunk, how: How, *, weigh: bool = False):
+    return how.forward(
+        weights,
+        caches,
+        chunk.tokens,
+        chunk.positions,
+        start=chunk.start,
+        length=chunk.length,
+        weigh=weigh,
     )
 
 
+@functools.partial(jax.jit, static_argnames="how", donate_argnames=("caches", "last"))
+def _read_last(weights, caches, last, chunk: Chunk, *, how: How):
+    """Read a chunk; `last` takes the final hidden state of rows that ended in it."""
+    hidden, caches = _forward(weights, caches, chunk, how)
+    at = jnp.maximum(chunk.count - 1, 0)[:, None, None]
+    here = jnp.take_along_axis(hidden, at, 1)[:, 0]
+    return caches, jnp.where(chunk.count[:, None] > 0, here, last)
+
+
+@functools.partial(jax.jit, static_argnames="how", donate_argnames="caches")
+def _read_nll(weights, caches, targets, chunk: Chunk, *, how: How):
+    """Read a chunk and return each token's loss of predicting `targets`."""
+    hidden, caches = _forward(weights, caches, chunk, how)
+    nll = token_nll(
+        hidden,
+        loss_table(how.config, weights["model"], how.dtype),
+        targets,
+        chunk=NLL_TOKENS,
+        softcap=how.config.final_softcap,
+    )
+    policy = how.policy
+    if policy.needs.nll:
+        at = chunk.positions
+        caches = each_cache(
+            how.config, caches, lambda cache, _: policy.observe(cache, nll, at)
+        )
+    return caches, nll
+
+
+@functools.partial(jax.jit, static_argnames="how", donate_argnames="caches")
+def _overflow(weights, caches, chunk: Chunk, *, how: How):
+    """The overflow step: let caches weigh a catalyst (kept by none), then compact."""
+    if chunk.tokens.shape[1]:
+        _, weighed = _forward(weights, caches, chunk, how, weigh=True)
+        # The catalyst is no part of the text: recurrent states forget it.
+        caches = each_cache(how.config, caches, keep_from(weighed))
+    return each_cache(how.config, caches, how.policy.compact)
+
+
+def keep_from(other: Sequence[Cache]):
+    """A change for `each_cache` that takes another tuple's caches."""
+    return lambda _, layer: other[layer.index]
+
+
 @functools.partial(
-    jax.jit,
-    static_argnames=("config", "policy", "dtype", "sampler", "steps"),
-    donate_argnames=("caches", "hidden"),
+    jax.jit, static_argnames=("how", "sampler", "steps"), donate_argnames="rows"
 )
-def _decode(
-    params,
-    caches,
-    hidden,
-    start,
-    active,
-    keys,
-    limit,
-    eos,
-    *,
-    config,
-    policy,
-    dtype,
-    sampler,
-    steps,
-):
+def _decode(weights, rows: Rows, keys, limit, eos, *, how: How, sampler, steps):
     """Up to `limit` <= `steps` tokens a row in one loop; -1 where a row has ended."""
-    model = Decoder(config, policy, dtype=dtype)
-    rows = start.shape[0]
 
     def body(state):
-        i, caches, hidden, start, active, out = state
-        logits = unembed(config, params["model"], hidden)
-        draw = jax.vmap(jax.random.fold_in)(keys, start)
+        i, rows, out = state
+        logits = unembed(how.config, weights["model"], rows.hidden)
+        draw = jax.vmap(jax.random.fold_in)(keys, rows.start)
         token = sample(logits, draw, sampler)
-        active = active & ~jnp.any(token[:, None] == eos[None], 1)
+        active = rows.active & ~jnp.any(token[:, None] == eos[None], 1)
         out = lax.dynamic_update_slice(
             out, jnp.where(active, token, -1)[:, None], (0, i)
         )
-        h, caches = model.apply(
-            {"params": params["model"]},
+        h, caches = how.forward(
+            weights,
+            rows.caches,
             token[:, None],
-            jnp.where(active, start, -1)[:, None],
-            caches=caches,
-            start=start,
-            length=start + 1,
-            policy_params=params["policy"],
+            jnp.where(active, rows.start, -1)[:, None],
+            start=rows.start,
+            length=rows.start + 1,
         )
-        hidden = jnp.where(active[:, None], h[:, 0], hidden)
-        return i + 1, caches, hidden, start + active, active, out
+        hidden = jnp.where(active[:, None], h[:, 0], rows.hidden)
+        return i + 1, Rows(caches, hidden, rows.start + active, active), out
 
     def more(state):
-        return (state[0] < limit) & jnp.any(state[4])
+        return (state[0] < limit) & jnp.any(state[1].active)
 
-    out = jnp.full((rows, steps), -1, jnp.int32)
-    state = (jnp.int32(0), caches, hidden, start, active, out)
-    _, caches, hidden, start, active, out = lax.while_loop(more, body, state)
-    return caches, hidden, start, active, out
+    out = jnp.full((len(keys), steps), -1, jnp.int32)
+    _, rows, out = lax.while_loop(more, body, (jnp.int32(0), rows, out))
+    return rows, out
 
 
 def pieces(tokens: int, chunk: int) -> list[int]:
@@ -216,10 +223,7 @@ class Session:
         self.chunk = chunk if room is None else min(chunk, room)
         self.length = length
         self._check(rows, length)
-        self.caches: tuple[Cache, ...] = tuple(
-            policy.init(layer, rows, length, engine.cache_dtype)
-            for layer in engine.layers
-        )
+        self.caches: tuple[Any, ...] = self._states(rows, length)
         self.start = np.zeros(rows, np.int32)
         self.last = jnp.zeros((rows, engine.config.width), engine.dtype)
         self.free = None if room is None else (policy.kept or 0) + room
@@ -243,7 +247,6 @@ class Session:
         if length <= self.length:
             return
         self._check(self.rows, length)
-        policy, layers = self.policy, self.engine.layers
 
         def widen(old: Array, new: jax.ShapeDtypeStruct) -> Array:
             pads = [(0, n - o) for o, n in zip(old.shape, new.shape, strict=True)]
@@ -254,28 +257,17 @@ class Session:
                 else old
             )
 
-        shapes = jax.eval_shape(
-            lambda: tuple(
-                policy.init(layer, self.rows, length, self.engine.cache_dtype)
-                for layer in layers
-            )
-        )
+        shapes = jax.eval_shape(lambda: self._states(self.rows, length))
         self.caches = jax.tree.map(widen, self.caches, shapes)
         self.length = length
 
-    def read(self, rows: Rows) -> None:
+    def read(self, rows: Texts) -> None:
         """Read more tokens of every row (rows may differ in length)."""
         total = jnp.asarray(self.start + [len(r) for r in rows], jnp.int32)
         for tokens, count in self._chunks(rows):
+            chunk = Chunk(tokens, jnp.asarray(self.start), jnp.asarray(count), total)
             self.caches, self.last = _read_last(
-                self.engine.weights,
-                self.caches,
-                self.last,
-                tokens,
-                jnp.asarray(self.start),
-                jnp.asarray(count),
-                total,
-                **self._static(),
+                self.engine.weights, self.caches, self.last, chunk, how=self.how
             )
             self.start = self.start + count
 
@@ -289,15 +281,9 @@ class Session:
             targets = np.zeros(tokens.shape, np.int32)
             real = rows[:, done + 1 : done + 1 + tokens.shape[1]]
             targets[:, : real.shape[1]] = real
+            chunk = Chunk(tokens, jnp.asarray(self.start), jnp.asarray(count), total)
             self.caches, nll = _read_nll(
-                self.engine.weights,
-                self.caches,
-                tokens,
-                targets,
-                jnp.asarray(self.start),
-                jnp.asarray(count),
-                total,
-                **self._static(),
+                self.engine.weights, self.caches, targets, chunk, how=self.how
             )
             losses.append(np.asarray(nll[:, : int(count[0])]))
             self.start = self.start + count
@@ -320,23 +306,21 @@ class Session:
         if self.free is not None:
             limit = min(limit, self.policy.overflow.room)
             self._make_room(limit)
-        self.caches, self.last, start, alive, out = _decode(
+        rows, out = _decode(
             self.engine.weights,
-            self.caches,
-            self.last,
-            jnp.asarray(self.start),
-            jnp.asarray(active),
+            Rows(self.caches, self.last, jnp.asarray(self.start), jnp.asarray(active)),
             keys,
             jnp.int32(limit),
             jnp.asarray(eos or (-1,), jnp.int32),
+            how=self.how,
             sampler=sampler,
             steps=steps,
-            **self._static(),
         )
-        self.start = np.asarray(start)
-        return np.asarray(out)[:, :limit], np.asarray(alive)
+        self.caches, self.last = rows.caches, rows.hidden
+        self.start = np.asarray(rows.start)
+        return np.asarray(out)[:, :limit], np.asarray(rows.active)
 
-    def _chunks(self, rows: Rows):
+    def _chunks(self, rows: Texts):
         """Left-aligned pieces of all rows: (tokens [B, T], count [B])."""
         lengths = np.array([len(r) for r in rows], np.int32)
         sizes = pieces(int(lengths.max()), self.chunk)
@@ -359,23 +343,23 @@ class Session:
             catalyst = np.tile(
                 np.asarray(self.policy.overflow.tokens, np.int32), (self.rows, 1)
             )
+            start = jnp.asarray(self.start)
+            count = jnp.full_like(start, catalyst.shape[1])
+            chunk = Chunk(catalyst, start, count, start + count)
             self.caches = _overflow(
-                self.engine.weights,
-                self.caches,
-                catalyst,
-                jnp.asarray(self.start),
-                jnp.asarray(self.start + catalyst.shape[1]),
-                **self._static(),
+                self.engine.weights, self.caches, chunk, how=self.how
             )
             self.free = self.policy.overflow.room
         self.free -= tokens
 
-    def _static(self) -> dict[str, Any]:
-        return {
-            "config": self.engine.config,
-            "policy": self.policy,
-            "dtype": self.engine.dtype,
-        }
+    @property
+    def how(self) -> How:
+        """What this session's compiled calls are specialised on."""
+        return How(self.engine.config, self.policy, self.engine.dtype)
+
+    def _states(self, rows: int, length: int) -> tuple[Any, ...]:
+        engine = self.engine
+        return init_states(engine.config, self.policy, rows, length, engine.cache_dtype)
 
     def _check(self, rows: int, length: int) -> None:
         limit = getattr(self.policy, "limit", None)
@@ -385,9 +369,8 @@ class Session:
                 "limit, shorten the prompt, or use a bounded policy such as "
                 "'streaming:sinks=4,window=1020'"
             )
-        need = cache_bytes(
-            self.policy, self.engine.layers, rows, length, self.engine.cache_dtype
-        )
+        engine = self.engine
+        need = state_bytes(engine.config, self.policy, rows, length, engine.cache_dtype)
         memory.require(
             need,
             f"the cache of {rows} x {length} tokens",

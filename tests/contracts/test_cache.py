@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from lclm import cache as policies
-from lclm.cache.base import cache_bytes, layers_of, measured_bytes
+from lclm.blocks.layer import state_bytes
+from lclm.cache.base import measured_bytes
 from lclm.serve.session import Session
 from tests.tiny import dense_nll, tiny_lm, tokens
 
@@ -56,7 +57,7 @@ def test_losses_do_not_depend_on_the_chunk(name):
 def test_measured_bytes_equal_the_formula_and_stay_in_budget(name):
     lm, policy = tiny_lm(), make(name, 9)
     held = session(name, 9, rows=3)
-    want = cache_bytes(policy, layers_of(lm.config), 3, LENGTH, np.float32)
+    want = state_bytes(lm.config, policy, 3, LENGTH, np.float32)
     assert measured_bytes(held.caches) == want
     held.read(tokens(3, LENGTH).tolist())
     assert measured_bytes(held.caches) == want

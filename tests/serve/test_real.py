@@ -7,7 +7,8 @@ import pytest
 
 import lclm
 from lclm import cache as policies
-from lclm.cache.base import layers_of, measured_bytes
+from lclm.blocks.layer import init_states
+from lclm.cache.base import measured_bytes
 from lclm.evals import passkey
 from lclm.models.decoder import init_params
 from lclm.models.presets import preset
@@ -37,27 +38,19 @@ def test_the_preset_is_the_file(lm):
 def test_temporaries_of_an_8k_prefill_stay_under_64_mb():
     config = preset("smollm2-135m")
     policy = policies.make("full")
-    shape = jax.eval_shape(
+    params, caches = jax.eval_shape(
         lambda: (
             init_params(config, jax.random.key(0)),
-            tuple(
-                policy.init(layer, 1, 8192, jnp.float32) for layer in layers_of(config)
-            ),
+            init_states(config, policy, 1, 8192, jnp.float32),
         )
     )
-    params, caches = shape
     row = jax.ShapeDtypeStruct((1,), jnp.int32)
     lowered = serve._read_last.lower(
         {"model": params, "policy": None},
         caches,
         jax.ShapeDtypeStruct((1, config.width), jnp.float32),
-        jax.ShapeDtypeStruct((1, 512), jnp.int32),
-        row,
-        row,
-        row,
-        config=config,
-        policy=policy,
-        dtype=jnp.float32,
+        serve.Chunk(jax.ShapeDtypeStruct((1, 512), jnp.int32), row, row, row),
+        how=serve.How(config, policy, jnp.float32),
     )
     assert lowered.compile().memory_analysis().temp_size_in_bytes <= 64e6
 
