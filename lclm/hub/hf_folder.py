@@ -16,6 +16,7 @@ from lclm.hub.json_file import read_json
 from lclm.hub.names import hf_names, param_shapes
 from lclm.hub.safetensors_io import INDEX, SHARD_BYTES, TensorFolder, write_tensors
 from lclm.hub.tokenizer_files import read_tokenizer, write_tokenizer
+from lclm.ops.int8 import Int8Weight
 from lclm.ops.packed import PackedWeight
 
 CONFIG = "config.json"
@@ -75,11 +76,11 @@ def save_hf(
 def dense(bundle: Bundle) -> dict[str, Any]:
     """The parameters by path, complete and unpacked, or an `LclmError`."""
     flat = flatten(bundle.params)
-    packed = [p for p, w in flat.items() if isinstance(w, PackedWeight)]
+    packed = [p for p, w in flat.items() if isinstance(w, PackedWeight | Int8Weight)]
     if packed:
         raise LclmError(
             f"{len(packed)} weights are packed ({packed[0]}, ...): load the model with "
-            "packed=None to save it"
+            "packed=None and quantize=None to save it"
         )
     shapes = {p: tuple(w.shape) for p, w in flat.items()}
     check_shapes(shapes, param_shapes(bundle.config), bundle.source or "parameters")

@@ -205,7 +205,7 @@ def unembed(
     return logits
 
 
-def output_table(config: ModelConfig, params: Params) -> Array:
+def output_table(config: ModelConfig, params: Params) -> Any:
     """The [V, D] matrix that turns hidden states into logits."""
     return params["embed"]["table"] if config.tied else params["head"]["weight"]
 

@@ -64,7 +64,7 @@ class Int8Weight:
         return y * self.scale
 
 
-def quantize(weight: Float[Array, "O I"]) -> Int8Weight:
+def quantize(weight: np.ndarray | Array) -> Int8Weight:
     """Round each row to 127 steps either side of zero of its largest value."""
     wide = np.asarray(weight, np.float32)
     scale = np.abs(wide).max(-1) / LARGEST
