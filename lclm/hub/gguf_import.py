@@ -18,6 +18,7 @@ from lclm.config import (
 )
 from lclm.errors import LclmError, unknown
 from lclm.hub.bundle import Bundle, check_shapes, nest
+from lclm.hub.families import GGUF, GgufFamily
 from lclm.hub.gguf_file import GgufFile
 from lclm.hub.gguf_quants import PACKABLE, pack
 from lclm.hub.gguf_vocab import gguf_tokenizer
@@ -36,7 +37,7 @@ _IGNORED = (_ROPE_FACTORS,)
 _GEMMA3_PERIOD = 6  # every 6th layer sees everything (arXiv 2503.19786, section 2)
 
 
-class _Keys:
+class GgufKeys:
     """Metadata below one architecture's prefix, with types checked."""
 
     def __init__(self, file: GgufFile, arch: str):
@@ -58,6 +59,16 @@ class _Keys:
 
     def maybe(self, name: str, kind: type) -> Any:
         return self._get(name, kind, None)
+
+    def depth(self) -> int:
+        """Layers, no more than the file has tensors."""
+        count = self.whole("block_count")
+        if count > len(self.file.tensors):
+            raise LclmError(
+                f"{self.file.path}: {self.arch}.block_count is {count} but the file "
+                f"holds {len(self.file.tensors)} tensors"
+            )
+        return count
 
     def _get(self, name: str, kind: Any, default: Any) -> Any:
         return self.file.get(f"{self.arch}.{name}", kind, default)
@@ -82,29 +93,30 @@ def load_gguf(
     file = GgufFile(path)
     config = gguf_config(file)
     names = gguf_names(config)
+    family = GGUF[config.family] if config.family in GGUF.entries else GgufFamily()
+    shapes = param_shapes(config)
     check_shapes(
         {n: t.shape for n, t in file.tensors.items() if n not in _IGNORED},
-        {names[p]: shape for p, shape in param_shapes(config).items()},
+        {names[p]: family.shape(p, shape) for p, shape in shapes.items()},
         str(path),
     )
     bits = PACKED.get(packed) if packed else None
     target = np.dtype(jnp.dtype(dtype or jnp.float32))
+
+    def read(p: str) -> Any:
+        value = _read(file, config, p, names[p], bits=bits)
+        if not isinstance(value, np.ndarray):
+            return value
+        value = family.values(p, value).reshape(shapes[p])
+        return jnp.asarray(value.astype(target, copy=False))
+
     with ThreadPoolExecutor() as pool:
-        flat = pool.map(
-            lambda p: _read(file, config, p, names[p], dtype=target, bits=bits), names
-        )
-        params = nest(dict(zip(names, flat, strict=True)))
+        params = nest(dict(zip(names, pool.map(read, names), strict=True)))
     return Bundle(config, params, gguf_tokenizer(file), str(path), Path(path))
 
 
 def _read(
-    file: GgufFile,
-    config: ModelConfig,
-    path: str,
-    name: str,
-    *,
-    dtype: np.dtype,
-    bits: int | None,
+    file: GgufFile, config: ModelConfig, path: str, name: str, *, bits: int | None
 ) -> Any:
     tensor = file.tensors[name]
     rows = _row_order(config, path)
@@ -116,7 +128,7 @@ def _read(
         values = values[rows]
     if path.endswith("scale") and _norm_offset(config, path):
         values = values - np.float32(_norm_offset(config, path))
-    return jnp.asarray(values.astype(dtype, copy=False))
+    return values
 
 
 def _row_order(config: ModelConfig, path: str) -> np.ndarray | None:
@@ -143,27 +155,20 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     Raises `LclmError` for another architecture or a key missing or out of range.
     """
     arch = file.get("general.architecture", str)
-    if arch not in FAMILIES:
-        raise unknown("GGUF architecture", arch, FAMILIES)
+    if arch not in FAMILIES and arch not in GGUF.entries:
+        raise unknown("GGUF architecture", arch, [*FAMILIES, *GGUF])
     if "token_embd.weight" not in file.tensors:
         raise LclmError(f"{file.path}: no tensor token_embd.weight; not a model file")
-    keys = _Keys(file, arch)
-    count = keys.whole("block_count")
-    if count > len(file.tensors):
-        raise LclmError(
-            f"{file.path}: {arch}.block_count is {count} but the file holds "
-            f"{len(file.tensors)} tensors"
-        )
+    if arch in GGUF.entries:
+        return GGUF[arch].config(file)
+    keys = GgufKeys(file, arch)
     gemma = arch == "gemma3"
     norm = NormSpec(
         keys.real("attention.layer_norm_rms_epsilon", 1e-6), 1.0 if gemma else 0.0
     )
     width = keys.whole("embedding_length")
-    layers = tuple(_layer(file, keys, norm, i) for i in range(count))
-    specials = [
-        file.get(f"tokenizer.ggml.{n}", int)
-        for n in ("bos_token_id", "eos_token_id", "eot_token_id")
-    ]
+    layers = tuple(_layer(file, keys, norm, i) for i in range(keys.depth()))
+    bos, eos = special_tokens(file)
     return ModelConfig(
         family=FAMILIES[arch],
         vocab=file.tensors["token_embd.weight"].shape[0],
@@ -174,12 +179,21 @@ def gguf_config(file: GgufFile) -> ModelConfig:
         tied="output.weight" not in file.tensors,
         embed_scale=width**0.5 if gemma else None,
         final_softcap=keys.maybe("final_logit_softcapping", float),
-        bos=specials[0],
-        eos=tuple(dict.fromkeys(s for s in specials[1:] if s is not None)),
+        bos=bos,
+        eos=eos,
     )
 
 
-def _layer(file: GgufFile, keys: _Keys, norm: NormSpec, index: int) -> LayerSpec:
+def special_tokens(file: GgufFile) -> tuple[int | None, tuple[int, ...]]:
+    """The token a text starts with, and those that end it."""
+    bos, *ends = (
+        file.get(f"tokenizer.ggml.{n}", int)
+        for n in ("bos_token_id", "eos_token_id", "eot_token_id")
+    )
+    return bos, tuple(dict.fromkeys(e for e in ends if e is not None))
+
+
+def _layer(file: GgufFile, keys: GgufKeys, norm: NormSpec, index: int) -> LayerSpec:
     heads = keys.whole("attention.head_count")
     head_dim = keys.maybe("attention.key_length", int)
     head_dim = head_dim or keys.whole("embedding_length") // heads
@@ -206,14 +220,14 @@ def _layer(file: GgufFile, keys: _Keys, norm: NormSpec, index: int) -> LayerSpec
     return LayerSpec(mixer, mlp, norm, post_norms=gemma)
 
 
-def _gemma_scale(keys: _Keys, heads: int) -> float | None:
+def _gemma_scale(keys: GgufKeys, heads: int) -> float | None:
     """Gemma-3 27B (62 layers) scales by D / N; the others by the head width."""
     if keys.whole("block_count") != 62:
         return None
     return (keys.whole("embedding_length") / heads) ** -0.5
 
 
-def _rope(file: GgufFile, keys: _Keys, head_dim: int, *, local: bool) -> RopeSpec:
+def _rope(file: GgufFile, keys: GgufKeys, head_dim: int, *, local: bool) -> RopeSpec:
     context = keys.whole("context_length")
     if local:
         theta = keys.real("rope.freq_base_swa", 10000.0)

@@ -18,6 +18,7 @@ from lclm.config import (
     find_runs,
 )
 from lclm.errors import LclmError, unknown
+from lclm.hub.families import HF
 from lclm.hub.json_file import Keys
 from lclm.ops.rope_hf import rope_from_hf, rope_to_hf
 
@@ -94,8 +95,10 @@ def config_from_hf(table: dict[str, Any], where: str = "config.json") -> ModelCo
     """
     keys = Keys(table, where)
     name = keys.get("model_type", str)
+    if name in HF.entries:
+        return HF[name].config_from_hf(table, where)
     if name not in FAMILIES:
-        raise unknown(f"model_type in {where}:", name, FAMILIES)
+        raise unknown(f"model_type in {where}:", name, [*FAMILIES, *HF])
     family = FAMILIES[name]
     depth, width = keys.count("num_hidden_layers"), keys.count("hidden_size")
     eps = keys.get("rms_norm_eps", float, 1e-6)
@@ -236,11 +239,30 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
 
     Raises `LclmError` where the family has no key for something the model does.
     """
-    if config.family not in FAMILIES:
-        raise unknown("Hugging Face family", config.family, FAMILIES)
+    if config.family in HF.entries:
+        table = HF[config.family].config_to_hf(config, dtype)
+    elif config.family in FAMILIES:
+        table = _attention_keys(config, dtype)
+    else:
+        raise unknown("Hugging Face family", config.family, [*FAMILIES, *HF])
+    if config_from_hf(table) != config:
+        raise LclmError(
+            f"this {config.family} model cannot be written as a Hugging Face "
+            "config.json: a layer differs from what the family can say (RoPE angle "
+            "mode, windows or widths per layer); save it with format='orbax'"
+        )
+    return table
+
+
+def eos_key(eos: tuple[int, ...]) -> int | list[int] | None:
+    """The value of `eos_token_id`: one number, several, or nothing."""
+    return eos[0] if len(eos) == 1 else list(eos) or None
+
+
+def _attention_keys(config: ModelConfig, dtype: str) -> dict[str, Any]:
     family, layers = FAMILIES[config.family], config.layers
     first = layers[0]
-    table: dict[str, Any] = {
+    return {
         "architectures": [family.architecture],
         "model_type": config.family,
         "vocab_size": config.vocab,
@@ -254,18 +276,10 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "rms_norm_eps": config.norm.eps,
         "tie_word_embeddings": config.tied,
         "bos_token_id": config.bos,
-        "eos_token_id": config.eos[0] if len(config.eos) == 1 else list(config.eos),
+        "eos_token_id": eos_key(config.eos),
         "dtype": dtype,
         **_family_keys(config, family),
     }
-    table["eos_token_id"] = table["eos_token_id"] or (0 if config.eos == (0,) else None)
-    if config_from_hf(table) != config:
-        raise LclmError(
-            f"this {config.family} model cannot be written as a Hugging Face "
-            "config.json: a layer differs from what the family can say (RoPE angle "
-            "mode, windows or widths per layer); save it with format='orbax'"
-        )
-    return table
 
 
 def _family_keys(config: ModelConfig, family: Family) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from lclm.errors import LclmError
 from lclm.hub.bundle import Bundle, check_shapes, flatten, nest
+from lclm.hub.families import HF, Names
 from lclm.hub.hf_config import config_from_hf, config_to_hf
 from lclm.hub.json_file import read_json
 from lclm.hub.names import hf_names, param_shapes
@@ -32,17 +34,42 @@ def load_hf(folder: Path, *, dtype: Any = None) -> Bundle:
     config = config_from_hf(table, where)
     names = hf_names(config, config.family)
     tensors = TensorFolder(folder)
-    shapes = {n: s for n, s in tensors.shapes.items() if not _surplus(n, config.tied)}
-    check_shapes(
-        shapes, {names[p]: s for p, s in param_shapes(config).items()}, str(folder)
-    )
-    tensors.check_dtypes(list(names.values()))
-    flat = {}
-    for path, name in names.items():
-        stored = tensors.read(name)
-        flat[path] = jnp.asarray(stored if dtype is None else stored.astype(dtype))
+    stored = _spelling(tensors, config.family)
+    shapes = {
+        n: tensors.shapes[s] for n, s in stored.items() if not _surplus(n, config.tied)
+    }
+    check_shapes(shapes, _file_shapes(names, param_shapes(config)), str(folder))
+    tensors.check_dtypes([stored[n] for v in names.values() for n in _each(v)])
+
+    def read(name: str | tuple[str, ...]) -> np.ndarray:
+        parts = [tensors.read(stored[n]) for n in _each(name)]
+        values = parts[0] if isinstance(name, str) else np.stack(parts)
+        return values if dtype is None else values.astype(dtype)
+
+    flat = {path: jnp.asarray(read(name)) for path, name in names.items()}
     tokenizer = read_tokenizer(folder, bos=config.bos, eos=config.eos)
     return Bundle(config, nest(flat), tokenizer, str(folder), folder)
+
+
+def _spelling(tensors: TensorFolder, family: str) -> dict[str, str]:
+    """Tensor name as its family spells it -> as this folder does."""
+    rename = HF[family].rename if family in HF.entries else str
+    return {rename(name): name for name in tensors.shapes}
+
+
+def _each(name: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (name,) if isinstance(name, str) else name
+
+
+def _file_shapes(
+    names: Names, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in the file; parts of a stack lose its axis."""
+    found = {}
+    for path, name in names.items():
+        shape = shapes[path] if isinstance(name, str) else shapes[path][1:]
+        found |= dict.fromkeys(_each(name), shape)
+    return found
 
 
 def _surplus(name: str, tied: bool) -> bool:
@@ -62,7 +89,10 @@ def save_hf(
     dtype = flat["embed/table"].dtype.name
     table = config_to_hf(bundle.config, dtype)
     names = hf_names(bundle.config, bundle.config.family)
-    tensors = {names[path]: flat[path] for path in names}
+    tensors = {}
+    for path, name in names.items():
+        parts = (flat[path],) if isinstance(name, str) else flat[path]
+        tensors |= dict(zip(_each(name), parts, strict=True))
 
     def write(work: Path) -> None:
         write_tensors(work, tensors, shard_bytes=shard_bytes)

@@ -5,6 +5,7 @@ Weights are [out, in] here and in every format, so a name is all that changes.
 
 from lclm.config import ModelConfig
 from lclm.errors import unknown
+from lclm.hub.families import GGUF, HF, Names
 from lclm.models.decoder import param_shapes
 
 _HF_LAYER = {
@@ -59,13 +60,16 @@ _TOP_GGUF = {
 }
 
 
-def hf_names(config: ModelConfig, family: str) -> dict[str, str]:
+def hf_names(config: ModelConfig, family: str) -> Names:
     """Our path -> Hugging Face tensor name, a bijection over the model's parameters.
 
-    Raises `LclmError` for a family without a table.
+    A tuple of names stands for a stack. Raises `LclmError` for a family without a
+    table.
     """
+    if family in HF.entries:
+        return HF[family].names(config)
     if family not in HF_TABLES:
-        raise unknown("Hugging Face family", family, HF_TABLES)
+        raise unknown("Hugging Face family", family, [*HF_TABLES, *HF])
     table = HF_TABLES[family]
     return {
         path: _TOP_HF.get(path) or _layer_name(path, table, "model.layers.{}.")
@@ -75,6 +79,8 @@ def hf_names(config: ModelConfig, family: str) -> dict[str, str]:
 
 def gguf_names(config: ModelConfig) -> dict[str, str]:
     """Our path -> GGUF tensor name."""
+    if config.family in GGUF.entries:
+        return GGUF[config.family].names(config)
     return {
         path: _TOP_GGUF.get(path) or _layer_name(path, _GGUF_LAYER, "blk.{}.")
         for path in param_shapes(config)
