@@ -40,10 +40,10 @@ class Implementation:
 
 
 def _floating(call: Call) -> str | None:
-    known = (jnp.float32, jnp.bfloat16, jnp.float16)
+    known = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
     if call.dtype in [jnp.dtype(d) for d in known]:
         return None
-    return f"dtype {call.dtype} is not float32, bfloat16 or float16"
+    return f"dtype {call.dtype} is not float64, float32, bfloat16 or float16"
 
 
 def _small(call: Call) -> str | None:

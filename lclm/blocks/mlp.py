@@ -2,16 +2,16 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from lclm.blocks.attention import project
 from lclm.config import MlpSpec
+from lclm.ops.precision import wide
 from lclm.typing import Array, Float
 
 
 def activate(x: Array, name: str) -> Array:
     """The gate's non-linearity, computed in float32."""
-    x32 = x.astype(jnp.float32)
+    x32 = wide(x)
     if name == "silu":
         y = jax.nn.silu(x32)
     else:

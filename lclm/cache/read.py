@@ -5,6 +5,7 @@ from jax import lax
 
 from lclm.cache.base import KV, Cache, Evidence, Heads, Layer, Needs
 from lclm.cache.step import Step
+from lclm.ops.precision import wide
 from lclm.typing import Array
 from pallas_kernels import mask as masks
 from pallas_kernels.attention import attention, merge
@@ -111,7 +112,7 @@ def _itself(
     group = heads // new.k.shape[1]
     scale = size**-0.5 if layer.spec.scale is None else layer.spec.scale
     k, v = (jnp.repeat(x[:, :, 0], group, 1) for x in (new.k, new.v))
-    score = jnp.sum(q[:, 0].astype(jnp.float32) * k.astype(jnp.float32), -1) * scale
+    score = jnp.sum(wide(q[:, 0]) * wide(k), -1) * scale
     if layer.spec.softcap is not None:
         score = layer.spec.softcap * jnp.tanh(score / layer.spec.softcap)
     lse = jnp.where(step.positions >= jnp.maximum(first, 0), score, -jnp.inf)
@@ -125,9 +126,9 @@ def combine(
     out, lse = merge([o for o, _ in parts], [s for _, s in parts])
     if sink is None:
         return out, lse
-    total = jnp.logaddexp(lse, sink.astype(jnp.float32)[None, :, None])
+    total = jnp.logaddexp(lse, wide(sink)[None, :, None])
     weight = jnp.exp(lse - total)
-    scaled = out.astype(jnp.float32) * jnp.swapaxes(weight, 1, 2)[..., None]
+    scaled = wide(out) * jnp.swapaxes(weight, 1, 2)[..., None]
     return scaled.astype(out.dtype), total
 
 

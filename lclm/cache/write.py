@@ -114,7 +114,7 @@ def _update(old: Array, values: Array, start: Array) -> Array:
             held = lax.dynamic_slice_in_dim(row, first, width, 1)
             mine = lax.iota(jnp.int32, width)[None, :, None] >= at - first
             value = jnp.where(mine, jnp.roll(value, at - first, 1), held)
-        return lax.dynamic_update_slice(row, value, (0, first, 0))
+        return lax.dynamic_update_slice_in_dim(row, value, first, 1)
 
     if old.shape[0] == 1:
         return one(old[0], values[0], start[0])[None]
@@ -127,7 +127,7 @@ def _replace(old: Array, value: Array, slot: Array, keep: Array) -> Array:
 
     def one(row: Array, new: Array, at: Array, ok: Array) -> Array:
         here = lax.dynamic_slice_in_dim(row, at, 1, 1)
-        return lax.dynamic_update_slice(row, jnp.where(ok, new, here), (0, at, 0))
+        return lax.dynamic_update_slice_in_dim(row, jnp.where(ok, new, here), at, 1)
 
     if old.shape[0] == 1:
         return one(old[0], value[0], slot[0], keep[0])[None]

@@ -20,6 +20,7 @@ from jax import lax
 
 from lclm.ops.int8 import Int8Weight
 from lclm.ops.packed import PackedWeight
+from lclm.ops.precision import wide_dtype
 from lclm.typing import Array, Float
 
 WIDEN_ROWS = 96
@@ -46,7 +47,7 @@ def linear(
         weight = weight.dequantize(x.dtype)
     if isinstance(weight, Int8Weight):
         y = weight.product(x).astype(x.dtype)
-    elif weight.dtype == jnp.float32:
+    elif weight.dtype.itemsize >= 4:
         y = _product(x, weight)
     else:
         y = lax.platform_dependent(x, weight, cpu=_narrow_cpu, default=_product)
@@ -59,7 +60,7 @@ def _product(x: Array, weight: Array) -> Array:
     """One product in the weight's type."""
     axes = (((x.ndim - 1,), (1,)), ((), ()))
     y = lax.dot_general(
-        x.astype(weight.dtype), weight, axes, preferred_element_type=jnp.float32
+        x.astype(weight.dtype), weight, axes, preferred_element_type=wide_dtype(weight)
     )
     return y.astype(x.dtype)
 

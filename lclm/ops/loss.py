@@ -88,9 +88,7 @@ def _backward(softcap, saved, cotangent):
 _nll.defvjp(_forward, _backward)
 
 
-def _logits(
-    rows: Array, table: Array | Int8Weight, softcap: float | None
-) -> Array:
+def _logits(rows: Array, table: Array | Int8Weight, softcap: float | None) -> Array:
     if isinstance(table, Int8Weight):
         logits = table.product(rows)
     else:

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
+from lclm.ops.precision import wide
 from lclm.typing import Array, Float
 
 
@@ -18,8 +19,8 @@ def rms_norm(
     The mean is float32. With offset 0 the result is cast to x's type before it is
     scaled, as Llama does; with an offset (Gemma) it is scaled in float32.
     """
-    x32 = x.astype(jnp.float32)
+    x32 = wide(x)
     unit = x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
     if offset:
-        return (unit * (offset + scale.astype(jnp.float32))).astype(x.dtype)
+        return (unit * (offset + wide(scale))).astype(x.dtype)
     return unit.astype(x.dtype) * scale.astype(x.dtype)

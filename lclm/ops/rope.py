@@ -14,6 +14,7 @@ import numpy as np
 
 from lclm.config import RopeSpec
 from lclm.errors import LclmError
+from lclm.ops.precision import wide
 from lclm.ops.rope_hf import rope_from_hf, rope_to_hf
 from lclm.typing import Array, Float, Int
 
@@ -92,7 +93,7 @@ def rotate(
             "build them with the same head_dim"
         )
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    turned = x[..., : 2 * pairs].astype(jnp.float32)
+    turned = wide(x[..., : 2 * pairs])
     if layout == "half":
         first, second = turned[..., :pairs], turned[..., pairs:]
         parts = [first * cos - second * sin, second * cos + first * sin]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention.spec import Spec
+from pallas_kernels.attention.spec import Spec, wide
 from pallas_kernels.mask import Mask
 
 __all__ = ["attention", "merge"]
@@ -64,12 +64,12 @@ def merge(
             f"{len(outs)} outs and {len(lses)} lses: needs one lse for each of at "
             "least one out; pass the pairs that attention returned"
         )
-    stats = [jnp.maximum(x.astype(jnp.float32), _NOTHING) for x in lses]
-    out, lse = outs[0].astype(jnp.float32), stats[0]
+    stats = [jnp.maximum(wide(x), _NOTHING) for x in lses]
+    out, lse = wide(outs[0]), stats[0]
     for more, other in zip(outs[1:], stats[1:], strict=True):
         total = jnp.logaddexp(lse, other)
         mine, theirs = _rows(jnp.exp(lse - total)), _rows(jnp.exp(other - total))
-        out, lse = mine * out + theirs * more.astype(jnp.float32), total
+        out, lse = mine * out + theirs * wide(more), total
     return out.astype(outs[0].dtype), jnp.where(lse > _NOTHING / 2, lse, -jnp.inf)
 
 

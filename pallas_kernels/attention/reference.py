@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention.spec import Spec
+from pallas_kernels.attention.spec import Spec, wide
 
 
 def attend(spec: Spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
     """Same arguments and results as `vjp.attend`; memory grows with T * S."""
     B, T, N, _ = q.shape
     S, K = k.shape[1], k.shape[2]
-    q, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+    q, k32, v32 = (wide(x) for x in (q, k, v))
     q = q.reshape(B, T, K, N // K, -1)
     high = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k32, precision=high) * spec.scale
@@ -23,7 +23,7 @@ def attend(spec: Spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
     scores = jnp.where(seen, scores, -jnp.inf)
     top = scores.max(-1)
     if sink is not None:
-        sink = sink.astype(jnp.float32)[None, :, None]
+        sink = wide(sink)[None, :, None]
         top = jnp.maximum(top, sink)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)

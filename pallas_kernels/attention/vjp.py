@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.attention import xla
-from pallas_kernels.attention.spec import Spec
+from pallas_kernels.attention.spec import Spec, corner, wide, wide_dtype
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -34,11 +34,11 @@ def _save(spec: Spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
 def _backward(spec: Spec, saved, cotangents):
     q, k, v, sink, q_segment_ids, kv_segment_ids, out, lse = saved
     d_out, d_lse = cotangents
-    delta = jnp.einsum("btnh,btnh->bnt", d_out, out, preferred_element_type=jnp.float32)
-    delta = delta - d_lse.astype(jnp.float32)
+    delta = jnp.einsum("btnh,btnh->bnt", wide(d_out), wide(out))
+    delta = delta - wide(d_lse)
     d_sink = None
     if sink is not None:
-        share = jnp.exp(sink.astype(jnp.float32)[None, :, None] - lse)
+        share = jnp.exp(wide(sink)[None, :, None] - lse)
         d_sink = -(share * delta).sum((0, 2)).astype(sink.dtype)
     classes = xla.head_classes(spec, q.shape[2], k.shape[2])
     d_q, d_k, d_v = [], None, None
@@ -53,8 +53,8 @@ def _backward(spec: Spec, saved, cotangents):
             d_k, d_v = parts[1], parts[2]
             continue
         heads = np.array(c.kv)
-        d_k = jnp.zeros(k.shape, jnp.float32) if d_k is None else d_k
-        d_v = jnp.zeros(v.shape, jnp.float32) if d_v is None else d_v
+        d_k = jnp.zeros(k.shape, wide_dtype(k)) if d_k is None else d_k
+        d_v = jnp.zeros(v.shape, wide_dtype(v)) if d_v is None else d_v
         d_k = d_k.at[:, :, heads].add(parts[1])
         d_v = d_v.at[:, :, heads].add(parts[2])
     d_q = xla.join(d_q, classes, 2)
@@ -65,7 +65,7 @@ def _backward_class(spec, q, k, v, segments, d_out, lse, delta):
     tiling = xla.Tiling.of(spec, q, k)
     p, T, K = tiling.plan, q.shape[1], k.shape[2]
     compute = xla.compute_dtype(q.dtype)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    product = functools.partial(jnp.einsum, preferred_element_type=wide_dtype(q))
     segments = xla.pad_segments(tiling, *segments)
     q, d_out = tiling.pad_rows(q), tiling.pad_rows(d_out)
     # Rows that saw nothing, and rows of padding, get weight exp(-inf) = 0.
@@ -75,7 +75,7 @@ def _backward_class(spec, q, k, v, segments, d_out, lse, delta):
 
     def block(r, carry, b, g, k_heads, v_heads):
         d_q, d_k, d_v = carry
-        rows = tiling.rows(q, b, g, r).astype(jnp.float32) * spec.scale
+        rows = wide(tiling.rows(q, b, g, r)) * spec.scale
         rows, d_rows = rows.astype(compute), tiling.rows(d_out, b, g, r)
         d_rows = d_rows.astype(compute)
         own_lse = tiling.vector(lse, b, g, r)[..., None]
@@ -100,7 +100,7 @@ def _backward_class(spec, q, k, v, segments, d_out, lse, delta):
             d_v = _add(d_v, product("nqk,nqh->nkh", weights, d_tile), start)
             return acc, d_k, d_v
 
-        acc = jnp.zeros((*rows.shape[:2], k.shape[3]))
+        acc = jnp.zeros((*rows.shape[:2], k.shape[3]), wide_dtype(q))
         ids = None if segments is None else (segments[0][b], segments[1][b])
         acc, d_k, d_v = tiling.loop(r, ids, step, (acc, d_k, d_v))
         return tiling.put_rows(d_q, acc * spec.scale, b, g, r), d_k, d_v
@@ -110,7 +110,7 @@ def _backward_class(spec, q, k, v, segments, d_out, lse, delta):
         b, g = n // (K // p.batch), n % (K // p.batch)
         k_heads, v_heads = tiling.heads(k, b, g), tiling.heads(v, b, g)
         body = functools.partial(block, b=b, g=g, k_heads=k_heads, v_heads=v_heads)
-        zeros = [jnp.zeros(x.shape, jnp.float32) for x in (k_heads, v_heads)]
+        zeros = [jnp.zeros(x.shape, wide_dtype(x)) for x in (k_heads, v_heads)]
         d_q, *own = lax.fori_loop(0, p.rows, body, (d_q, *zeros))
         return d_q, _put_heads(d_k, own[0], b, g), _put_heads(d_v, own[1], b, g)
 
@@ -122,12 +122,12 @@ def _backward_class(spec, q, k, v, segments, d_out, lse, delta):
 
 def _add(total, part, start):
     old = xla.slice_keys(total, start, part.shape[1])
-    return lax.dynamic_update_slice(total, old + part, (0, start, 0))
+    return lax.dynamic_update_slice(total, old + part, corner(0, start, 0))
 
 
 def _put_heads(total, part, b, g):
     part = part[:, : total.shape[1]].transpose(1, 0, 2)[None].astype(total.dtype)
-    return lax.dynamic_update_slice(total, part, (b, 0, g * part.shape[2], 0))
+    return lax.dynamic_update_slice(total, part, corner(b, 0, g * part.shape[2], 0))
 
 
 def _apply(spec: Spec, saved, cotangents):

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.attention.plan import Plan, plan
-from pallas_kernels.attention.spec import Spec
+from pallas_kernels.attention.spec import Spec, corner, wide, wide_dtype
 
 HIDDEN = -1e30  # score of a masked pair; its weight is exactly 0
 # Scores within this bound need no running maximum: their exponentials, a million of
@@ -33,6 +33,8 @@ def _matrix_units() -> bool:
 
 def compute_dtype(dtype) -> jnp.dtype:
     """Operand type of the matrix products; float32 where bfloat16 would be slower."""
+    if jnp.dtype(dtype) == jnp.float64:
+        return jnp.dtype(jnp.float64)
     cpu = jax.default_backend() == "cpu"
     fast = jnp.dtype(dtype) == jnp.bfloat16 and (not cpu or _matrix_units())
     return jnp.dtype(jnp.bfloat16 if fast else jnp.float32)
@@ -124,7 +126,7 @@ class Tiling:
         """Keys or values of head batch `g`: [batch, keys, H]."""
         n = self.plan.batch
         x = lax.dynamic_slice(
-            x, (b, 0, g * n, 0), (1, x.shape[1], n, x.shape[3])
+            x, corner(b, 0, g * n, 0), (1, x.shape[1], n, x.shape[3])
         )[0].transpose(1, 0, 2)  # fmt: skip
         return _pad(x.astype(compute_dtype(x.dtype)), 1, self.plan.keys, 0)
 
@@ -132,7 +134,7 @@ class Tiling:
         """One block of queries, group heads as rows: [batch, group * block_q, H]."""
         n, block = self.plan.batch, self.plan.block_q
         size = (1, block, n * self.group, x.shape[3])
-        x = lax.dynamic_slice(x, (b, r * block, g * n * self.group, 0), size)
+        x = lax.dynamic_slice(x, corner(b, r * block, g * n * self.group, 0), size)
         x = x.reshape(block, n, self.group, -1).transpose(1, 2, 0, 3)
         return x.reshape(n, self.group * block, -1)
 
@@ -141,19 +143,20 @@ class Tiling:
         n, block = self.plan.batch, self.plan.block_q
         x = x.reshape(n, self.group, block, -1).transpose(2, 0, 1, 3)
         x = x.reshape(1, block, n * self.group, -1).astype(out.dtype)
-        return lax.dynamic_update_slice(out, x, (b, r * block, g * n * self.group, 0))
+        start = corner(b, r * block, g * n * self.group, 0)
+        return lax.dynamic_update_slice(out, x, start)
 
     def vector(self, x, b, g, r):
         """One block of a per-row statistic [B, N, T]: [batch, group * block_q]."""
         n, block = self.plan.batch * self.group, self.plan.block_q
-        x = lax.dynamic_slice(x, (b, g * n, r * block), (1, n, block))
+        x = lax.dynamic_slice(x, corner(b, g * n, r * block), (1, n, block))
         return x.reshape(self.plan.batch, self.group * block)
 
     def put_vector(self, out, x, b, g, r):
         """Write what `vector` reads."""
         n, block = self.plan.batch * self.group, self.plan.block_q
         x = x.reshape(1, n, block)
-        return lax.dynamic_update_slice(out, x, (b, g * n, r * block))
+        return lax.dynamic_update_slice(out, x, corner(b, g * n, r * block))
 
     def loop(self, r, segments, step, carry):
         """Fold `step(carry, view, start, width, seen)` over the tiles of block `r`.
@@ -194,7 +197,7 @@ class Tiling:
 
     def scores(self, q, k, seen):
         """Raw and final scores of one tile, float32 [batch, group * block_q, width]."""
-        raw = jnp.einsum("nqh,nkh->nqk", q, k, preferred_element_type=jnp.float32)
+        raw = jnp.einsum("nqh,nkh->nqk", q, k, preferred_element_type=wide_dtype(q))
         final = self.spec.cap(raw)
         return raw, final if seen is None else jnp.where(seen, final, HIDDEN)
 
@@ -237,7 +240,7 @@ class Rows:
 
 def slice_keys(x, start, width: int):
     """Keys `start .. start + width` of [batch, keys, H]."""
-    return lax.dynamic_slice(x, (0, start, 0), (x.shape[0], width, x.shape[2]))
+    return lax.dynamic_slice(x, corner(0, start, 0), (x.shape[0], width, x.shape[2]))
 
 
 def _pad(x, axis: int, size: int, value):
@@ -277,7 +280,7 @@ def _forward_class(spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
 
     def block(r, carry, b, g, k_heads, v_heads, longest):
         out, lse = carry
-        q_rows = tiling.rows(q, b, g, r).astype(jnp.float32) * spec.scale
+        q_rows = wide(tiling.rows(q, b, g, r)) * spec.scale
         ids = None if segments is None else (segments[0][b], segments[1][b])
         fold = functools.partial(
             _fold, tiling, r, ids, q_rows.astype(compute), k_heads, v_heads
@@ -302,14 +305,14 @@ def _forward_class(spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
     def heads(n, carry):
         b, g = n // (k.shape[2] // p.batch), n % (k.shape[2] // p.batch)
         k_heads, v_heads = tiling.heads(k, b, g), tiling.heads(v, b, g)
-        longest = _longest(k_heads.astype(jnp.float32))
+        longest = _longest(wide(k_heads))
         body = functools.partial(
             block, b=b, g=g, k_heads=k_heads, v_heads=v_heads, longest=longest
         )
         return lax.fori_loop(0, p.rows, body, carry)
 
     out = jnp.zeros((B, q.shape[1], N, width), v.dtype)
-    lse = jnp.zeros((B, N, q.shape[1]), jnp.float32)
+    lse = jnp.zeros((B, N, q.shape[1]), wide_dtype(q))
     out, lse = lax.fori_loop(0, B * (k.shape[2] // p.batch), heads, (out, lse))
     return out[:, :T], lse[:, :, :T]
 
@@ -321,6 +324,7 @@ def _longest(x):
 
 def _fold(tiling: Tiling, r, ids, q_rows, k_heads, v_heads, weigh):
     """Row maximum or 0, denominator and numerator of one block of queries."""
+    dtype = wide_dtype(q_rows)
 
     def step(state, view, start, size, seen):
         top, total, acc = (view.take(x) for x in state)
@@ -329,7 +333,7 @@ def _fold(tiling: Tiling, r, ids, q_rows, k_heads, v_heads, weigh):
         top, fade, weights = weigh(top, scores)
         part = jnp.einsum(
             "nqk,nkh->nqh", weights.astype(q_rows.dtype),
-            slice_keys(v_heads, start, size), preferred_element_type=jnp.float32,
+            slice_keys(v_heads, start, size), preferred_element_type=dtype,
         )  # fmt: skip
         if fade is not None:
             total, acc = total * fade, acc * fade[..., None]
@@ -338,8 +342,8 @@ def _fold(tiling: Tiling, r, ids, q_rows, k_heads, v_heads, weigh):
 
     shape = q_rows.shape[:2]
     first = 0.0 if weigh is _bounded else HIDDEN
-    state = jnp.full(shape, first), jnp.zeros(shape)
-    acc = jnp.zeros((*shape, v_heads.shape[-1]))
+    state = jnp.full(shape, first, dtype), jnp.zeros(shape, dtype)
+    acc = jnp.zeros((*shape, v_heads.shape[-1]), dtype)
     return tiling.loop(r, ids, step, (*state, acc))
 
 
@@ -358,7 +362,7 @@ def _online(top, scores):
 def _add_sink(tiling: Tiling, sink, g, top, total, acc):
     """Let a learned logit per head take its share of the denominator."""
     n = tiling.plan.batch * tiling.group
-    own = lax.dynamic_slice(sink.astype(jnp.float32), (g * n,), (n,))
+    own = lax.dynamic_slice(wide(sink), (g * n,), (n,))
     own = jnp.repeat(own, tiling.plan.block_q).reshape(top.shape)
     new = jnp.maximum(top, own)
     fade = jnp.exp(top - new)

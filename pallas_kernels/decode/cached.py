@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.attention.spec import wide, wide_dtype
 from pallas_kernels.attention.xla import HIDDEN, compute_dtype
 
 _SCORES = 1 << 20  # scores held at once by the block loop
@@ -29,7 +30,7 @@ class _Scoring:
     def rows(self, q):
         """Queries [B, T, N, H] with the heads of a kv head as rows of one matrix."""
         B, T, _, H = q.shape
-        q = (q.astype(jnp.float32) * self.scale).reshape(B, T, -1, self.group, H)
+        q = (wide(q) * self.scale).reshape(B, T, -1, self.group, H)
         return q.transpose(0, 2, 3, 1, 4).reshape(B, -1, self.group * T, H)
 
     def seen(self, k_pos):
@@ -44,7 +45,7 @@ class _Scoring:
         """Float32 scores [B, K, rows, c], hidden ones at HIDDEN."""
         B, K = rows.shape[:2]
         scores = jnp.einsum(
-            "bkrh,bkch->bkrc", rows, k, preferred_element_type=jnp.float32
+            "bkrh,bkch->bkrc", rows, k, preferred_element_type=wide_dtype(rows)
         )
         if self.softcap is not None:
             scores = self.softcap * jnp.tanh(scores / self.softcap)
@@ -93,7 +94,7 @@ def cached_attention(
         )
     top, total, acc = (x.reshape(B, N, T, *x.shape[3:]) for x in state)
     if sink is not None:
-        own = sink.astype(jnp.float32)[None, :, None]
+        own = wide(sink)[None, :, None]
         new = jnp.maximum(top, own)
         fade = jnp.exp(top - new)
         top, total, acc = new, total * fade + jnp.exp(own - new), acc * fade[..., None]
@@ -138,7 +139,7 @@ def _whole(scoring: _Scoring, rows, k, v, k_pos):
     top, weights = _weigh(scores)
     acc = jnp.einsum(
         "bkrc,bkch->bkrh", weights.astype(v.dtype), v,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=wide_dtype(v),
     )  # fmt: skip
     return top[:, :, :R], weights.sum(-1)[:, :, :R], acc[:, :, :R]
 
@@ -151,6 +152,7 @@ def _blocks(scoring: _Scoring, rows, k, v, k_pos, length, block: int):
     compute = compute_dtype(k.dtype) if rows.shape[2] > 16 else k.dtype
     R = rows.shape[2]
     scoring, rows = _two_rows(scoring, rows.astype(compute))
+    dtype = wide_dtype(rows)
 
     def step(n, state):
         top, total, acc = state
@@ -167,19 +169,19 @@ def _blocks(scoring: _Scoring, rows, k, v, k_pos, length, block: int):
         weights = jnp.exp(scores - shift[..., None])
         acc = acc * fade[..., None] + jnp.einsum(
             "bkrc,bkch->bkrh", weights.astype(compute), v_tile.astype(compute),
-            preferred_element_type=jnp.float32,
+            preferred_element_type=dtype,
         )  # fmt: skip
         return new, total * fade + weights.sum(-1), acc
 
     # Tied to the queries: constants of all layers would be written at the start and
     # held until their loops run.
-    one = rows[0, 0, 0, 0].astype(jnp.float32)
-    zero = (one != one).astype(jnp.float32)
+    one = rows[0, 0, 0, 0]
+    zero = (one != one).astype(dtype)
     shape = rows.shape[:3]
     state = (
-        jnp.full(shape, HIDDEN) + zero,
-        jnp.zeros(shape) + zero,
-        jnp.zeros((*shape, v.shape[3])) + zero,
+        jnp.full(shape, HIDDEN, dtype) + zero,
+        jnp.zeros(shape, dtype) + zero,
+        jnp.zeros((*shape, v.shape[3]), dtype) + zero,
     )
     state = lax.fori_loop(0, (limit + block - 1) // block, step, state)
     return tuple(x[:, :, :R] for x in state)
@@ -221,7 +223,7 @@ def column_sums(
         part = jnp.exp(scoring(rows, tile, scoring.seen(places)) - lse).sum(2)
         return lax.dynamic_update_slice_in_dim(sums, part, start, axis=2)
 
-    return lax.fori_loop(0, -(-C // block), step, jnp.zeros((B, K, C)))
+    return lax.fori_loop(0, -(-C // block), step, jnp.zeros((B, K, C), wide_dtype(q)))
 
 
 def _check(q, k, v, q_pos, k_pos) -> None:

@@ -227,3 +227,24 @@ def test_bounded_and_running_maximum_forms_agree_with_the_oracle(size, monkeypat
     assert (largest < xla.BOUNDED) == (size == 1.0)
     options = dict(mask=M.causal() & (M.window(50) | M.sink(4)))
     _close(*_both(_values, q, k, v, sink, **options), 1e-4)
+
+
+def test_float64_operands_are_computed_in_float64():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        q, k, v = (jnp.asarray(rng.standard_normal((1, 40, n, 8))) for n in (4, 2, 2))
+        mask = M.causal() & M.window(17)
+
+        def loss(implementation):
+            def total(q, k, v):
+                out, lse = attention(
+                    q, k, v, mask=mask, softcap=9.0, implementation=implementation
+                )
+                return (out**2).sum() + jnp.sin(lse).sum()
+
+            return jax.value_and_grad(total, (0, 1, 2))(q, k, v)
+
+        got, want = loss("xla"), loss("reference")
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert a.dtype == jnp.float64
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
