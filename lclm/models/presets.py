@@ -10,6 +10,7 @@ from lclm.config import (
     Run,
 )
 from lclm.errors import unknown
+from lclm.models import mamba_presets
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original": 8192}
 
@@ -147,6 +148,7 @@ PRESETS = {
     "qwen2-0.5b": _qwen2_05b,
     "qwen3-0.6b": _qwen3_06b,
     "gemma-3-270m": _gemma3_270m,
+    **mamba_presets.PRESETS,
 }
 
 
