@@ -201,6 +201,11 @@ class Mamba2Spec:
             f"{self.heads} Mamba-2 heads over {self.groups} groups: heads must be a "
             "multiple of groups",
         )
+        _require(
+            len(self.step_limit) == 2 and 0 <= self.step_limit[0] <= self.step_limit[1],
+            f"Mamba-2 step_limit is {self.step_limit}: give the smallest and the "
+            "largest step size, 0 <= smallest <= largest",
+        )
 
     @property
     def inner(self) -> int:

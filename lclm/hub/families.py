@@ -59,7 +59,10 @@ class GgufFamily:
 
 HF = Table(
     "model_type",
-    {"mamba": Entry("lclm.hub.hf_mamba:FAMILY", "Mamba-1")},
+    {
+        "mamba": Entry("lclm.hub.hf_mamba:FAMILY", "Mamba-1"),
+        "mamba2": Entry("lclm.hub.hf_mamba2:FAMILY", "Mamba-2"),
+    },
 )
 GGUF = Table(
     "GGUF architecture",

@@ -10,7 +10,7 @@ from lclm.config import (
     Run,
 )
 from lclm.errors import unknown
-from lclm.models import mamba_presets
+from lclm.models import mamba2_presets, mamba_presets
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original": 8192}
 
@@ -149,6 +149,7 @@ PRESETS = {
     "qwen3-0.6b": _qwen3_06b,
     "gemma-3-270m": _gemma3_270m,
     **mamba_presets.PRESETS,
+    **mamba2_presets.PRESETS,
 }
 
 
