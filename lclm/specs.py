@@ -249,7 +249,7 @@ class InfiniSpec:
     `attention` describes the projections and the local part; `segment` tokens share one
     state of the memory. `rule` is "linear" or "delta". `bypass`: while the memory is
     empty the output is the local part alone. `bounded`: RoPE positions restart in every
-    segment.
+    segment. `gate`: initial gate logit; sigmoid(gate) is the memory's share.
     """
 
     TYPE: ClassVar[str] = "infini"
@@ -259,12 +259,24 @@ class InfiniSpec:
     rule: str = "delta"
     bypass: bool = True
     bounded: bool = True
+    gate: float = 0.0
 
     def __post_init__(self):
         _positive(self, "segment")
         _require(
             self.rule in ("linear", "delta"),
             f"Infini-attention rule {self.rule!r}: use 'linear' or 'delta'",
+        )
+        local, rope = self.attention, self.attention.rope
+        _require(
+            local.window is None and not local.sink,
+            f"Infini-attention with window={local.window}, sink={local.sink}: its "
+            "local part sees its whole segment; leave both out and set segment",
+        )
+        _require(
+            rope is None or not rope.dynamic,
+            "Infini-attention with a RoPE type whose angles follow the length: use a "
+            "fixed type such as yarn or linear",
         )
 
 
