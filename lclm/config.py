@@ -17,6 +17,7 @@ from lclm.specs import (
     ROPE_KINDS,
     AttentionSpec,
     FeedForward,
+    LayerNormSpec,
     Mixer,
     MlpSpec,
     NormSpec,
@@ -30,6 +31,7 @@ __all__ = [
     "LAYOUTS",
     "ROPE_KINDS",
     "AttentionSpec",
+    "LayerNormSpec",
     "LayerSpec",
     "MlpSpec",
     "ModelConfig",
@@ -56,7 +58,7 @@ class LayerSpec:
 
     mixer: Mixer
     mlp: FeedForward | None
-    norm: NormSpec = RMS
+    norm: NormSpec | LayerNormSpec = RMS
     post_norms: bool = False
     wiring: str = "prenorm"
 
@@ -91,7 +93,7 @@ class ModelConfig:
     width: int
     stack: tuple[Run, ...]
     context: int
-    norm: NormSpec | TimestepNormSpec = RMS
+    norm: NormSpec | LayerNormSpec | TimestepNormSpec = RMS
     tied: bool = True
     embed_scale: float | None = None
     final_softcap: float | None = None

@@ -144,6 +144,15 @@ class NormSpec:
     offset: float = 0.0
 
 
+@dataclass(frozen=True)
+class LayerNormSpec:
+    """LayerNorm: (x - mean) / std * (scale + 1) + bias."""
+
+    TYPE: ClassVar[str] = "layer"
+
+    eps: float = 1e-5
+
+
 def _positive(spec: object, *names: str) -> None:
     for name in names:
         value = getattr(spec, name)

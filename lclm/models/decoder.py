@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lclm.blocks.attention import matrix
 from lclm.blocks.layer import DecoderLayer
-from lclm.blocks.norms import Norm
+from lclm.blocks.norms import apply_final_norm, final_norm
 from lclm.cache.base import CachePolicy
 from lclm.cache.step import Step, make_step
 from lclm.config import LayerSpec, ModelConfig, Run
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
             x = self._scanned(x, step)
         else:
             x, caches = self._unrolled(x, step, caches)
-        x = Norm(config.norm, name="final_norm")(x)
+        x, caches = apply_final_norm(config.norm, x, step, caches)
         return x.astype(self.dtype), caches
 
     def _unrolled(
@@ -173,8 +173,8 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for i, spec in enumerate(config.layers):
         for path, shape in kinds[spec].items():
             shapes[f"layers_{i}/{path}"] = shape
-    norm = Norm(config.norm, name="final_norm")
-    shapes |= {f"final_norm/{p}": s for p, s in _shapes(config, norm).items()}
+    norm = _shapes(config, final_norm(config.norm))
+    shapes |= {f"final_norm/{p}": s for p, s in norm.items()}
     if not config.tied:
         shapes["head/weight"] = (config.vocab, config.width)
     return shapes

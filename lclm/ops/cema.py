@@ -158,7 +158,7 @@ def lay_out(positions: Int[Array, "B T"], block: int, blocks: int) -> Plan:
 def _plain(block: int, values: Any, plan: Plan) -> tuple[Array, Array]:
     """One document a row, padded on the right: tokens stand where they are."""
     x, c, state = values
-    B, T, _ = x.shape
+    T = x.shape[1]
     count = -(-T // block)
     x = jnp.where(plan.valid[..., None], x, 0)
     x = jnp.pad(x, ((0, 0), (0, count * block - T), (0, 0)))

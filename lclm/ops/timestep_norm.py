@@ -15,6 +15,7 @@ from jax import lax
 from lclm.typing import Array, Bool, Float, Int
 
 OPEN = 256  # tokens between two merges into the closed level
+MOST = 2**31 - 1
 
 
 class Moments(NamedTuple):
@@ -53,7 +54,7 @@ def none_seen(batch: int, groups: int, dtype: jnp.dtype = jnp.float32) -> NormSt
 
 def merge(a: Moments, b: Moments) -> Moments:
     """Moments of both sets of tokens; where one is empty, the other as it stands."""
-    both = a.count + b.count
+    both = a.count + jnp.minimum(b.count, MOST - a.count)
     total = jnp.maximum(both, 1).astype(a.mean.dtype)
     share = (b.count.astype(a.mean.dtype) / total)[..., None]
     apart = b.mean - a.mean
@@ -119,9 +120,7 @@ def _like(moments: Moments) -> tuple[int, jnp.dtype]:
     return moments.mean.shape[-1], moments.mean.dtype
 
 
-def _running(
-    tokens: Moments, resets: Bool[Array, "B T"], before: Moments
-) -> Moments:
+def _running(tokens: Moments, resets: Bool[Array, "B T"], before: Moments) -> Moments:
     """Moments of each token's document up to it: inside blocks, then over blocks.
 
     Both levels are sequential, over all blocks and then over all block ends at once:
@@ -132,7 +131,8 @@ def _running(
     count = -(-T // size)
 
     def cut(leaf: Array) -> Array:
-        leaf = jnp.pad(leaf, ((0, 0), (0, count * size - T), *[(0, 0)] * (leaf.ndim - 2)))
+        rest = [(0, 0)] * (leaf.ndim - 2)
+        leaf = jnp.pad(leaf, ((0, 0), (0, count * size - T), *rest))
         return jnp.moveaxis(leaf.reshape(B, count, size, *leaf.shape[2:]), 2, 0)
 
     def inside(carry, token):
