@@ -139,7 +139,7 @@ class Decoder(nn.Module):
         for r, run in enumerate(self.config.stack):
             stacked = nn.scan(
                 group,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "router": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
                 length=run.repeats,
