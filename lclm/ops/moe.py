@@ -50,9 +50,7 @@ class Route:
     probabilities: Leaf
 
 
-def route(
-    x: Float[Array, "T D"], router: Any, *, top: int, renormalise: bool
-) -> Route:
+def route(x: Float[Array, "T D"], router: Any, *, top: int, renormalise: bool) -> Route:
     """Softmax over all experts, then the `top` largest; float32 (float64 for float64).
 
     `renormalise` makes the chosen weights sum to 1 (Mixtral); Jamba keeps them raw.
@@ -228,7 +226,9 @@ _block_product.defvjp(
 
 def _matrix(stack: Any, index: Array) -> Any:
     """One [O, I] matrix of a stack, packed ones included."""
-    return jax.tree.map(lambda part: lax.dynamic_index_in_dim(part, index, 0, False), stack)
+    return jax.tree.map(
+        lambda part: lax.dynamic_index_in_dim(part, index, 0, False), stack
+    )
 
 
 def _apply(x: Array, weight: Any) -> Array:
