@@ -11,6 +11,7 @@ from lclm.config import (
 )
 from lclm.errors import unknown
 from lclm.models import mamba2_presets, mamba_presets
+from lclm.models import jamba_presets, mamba_presets
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original": 8192}
 
@@ -150,6 +151,7 @@ PRESETS = {
     "gemma-3-270m": _gemma3_270m,
     **mamba_presets.PRESETS,
     **mamba2_presets.PRESETS,
+    **jamba_presets.PRESETS,
 }
 
 

@@ -56,7 +56,7 @@ def route(x: Float[Array, "T D"], router: Any, *, top: int, renormalise: bool) -
     `renormalise` makes the chosen weights sum to 1 (Mixtral); Jamba keeps them raw.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    probabilities = jax.nn.softmax(_apply(x.astype(wide), router), axis=-1)
+    probabilities = jax.nn.softmax(linear(x.astype(wide), router), axis=-1)
     weights, choice = lax.top_k(probabilities, top)
     if renormalise:
         weights = weights / weights.sum(-1, keepdims=True)
@@ -134,11 +134,11 @@ def _blocks(choice: Int[Array, " R"], experts: int) -> tuple[_Blocks, tuple[int,
     pairs = choice.shape[0]
     rows = _block_rows(pairs, experts)
     most = pairs // rows + min(experts, pairs)
-    order = jnp.argsort(choice)
-    sizes = jnp.bincount(choice, length=experts)
+    order = jnp.argsort(choice).astype(jnp.int32)
+    sizes = jnp.bincount(choice, length=experts).astype(jnp.int32)
     ends = jnp.cumsum(-(-sizes // rows))
     first = (ends - -(-sizes // rows)) * rows - (jnp.cumsum(sizes) - sizes)
-    place = first[choice[order]] + jnp.arange(pairs)
+    place = first[choice[order]] + jnp.arange(pairs, dtype=jnp.int32)
     pair = jnp.full(most * rows, pairs, jnp.int32).at[place].set(order)
     owner = jnp.searchsorted(ends, jnp.arange(most), side="right")
     owner = jnp.minimum(owner, experts - 1)
@@ -191,7 +191,7 @@ def _block_product(x: Array, weight: Any, blocks: _Blocks) -> Array:
     """x_b W_e^T for every block b [m, I] in use and its owner e; the rest stay zero."""
 
     def body(i: Array, y: Array) -> Array:
-        return y.at[i].set(_apply(x[i], _matrix(weight, blocks.owner[i])))
+        return y.at[i].set(linear(x[i], _matrix(weight, blocks.owner[i])))
 
     shape = (*x.shape[:2], weight.shape[1])
     return lax.fori_loop(0, blocks.count, body, jnp.zeros(shape, x.dtype))
@@ -204,7 +204,7 @@ def _block_product_bwd(kept: tuple[Array, Array, _Blocks], g: Array):
     def body(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         dx, dw = sums
         owner = blocks.owner[i]
-        dx = dx.at[i].set(_apply(g[i], _matrix(weight, owner).T))
+        dx = dx.at[i].set(linear(g[i], _matrix(weight, owner).T))
         one = lax.dot_general(
             g[i], x[i], (((0,), (0,)), ((), ())), preferred_element_type=wide
         )
@@ -229,12 +229,6 @@ def _matrix(stack: Any, index: Array) -> Any:
     return jax.tree.map(
         lambda part: lax.dynamic_index_in_dim(part, index, 0, False), stack
     )
-
-
-def _apply(x: Array, weight: Any) -> Array:
-    if weight.dtype == jnp.float64:
-        return (x.astype(weight.dtype) @ weight.T).astype(x.dtype)
-    return linear(x, weight)
 
 
 def aux_loss(
