@@ -10,8 +10,7 @@ from lclm.config import (
     Run,
 )
 from lclm.errors import unknown
-from lclm.models import mamba2_presets, mamba_presets
-from lclm.models import jamba_presets, mamba_presets
+from lclm.models import jamba_presets, mamba2_presets, mamba_presets
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original": 8192}
 
