@@ -4,7 +4,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from lclm.blocks import FEED_FORWARDS, MIXERS
 from lclm.blocks.norms import Norm, norm_states
@@ -91,10 +90,24 @@ def state_bytes(
     config: ModelConfig, policy: CachePolicy, batch: int, length: int, dtype: Any
 ) -> int:
     """Bytes that `init_states` will allocate, from shapes alone."""
-    leaves = jax.tree.leaves(
-        jax.eval_shape(lambda: init_states(config, policy, batch, length, dtype))
-    )
-    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+    return sum(state_sizes(config, policy, batch, length, dtype))
+
+
+def state_sizes(
+    config: ModelConfig, policy: CachePolicy, batch: int, length: int, dtype: Any
+) -> tuple[int, int]:
+    """Bytes of attention caches, and of states that have one size at any length."""
+    states = jax.eval_shape(lambda: init_states(config, policy, batch, length, dtype))
+    sizes = [
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        for state in states
+    ]
+    caches = [
+        size
+        for size, layer in zip(sizes, config.layers, strict=False)
+        if isinstance(layer.mixer, AttentionSpec)
+    ]
+    return sum(caches), sum(sizes) - sum(caches)
 
 
 def each_cache(config: ModelConfig, states: tuple[Any, ...], change) -> tuple[Any, ...]:

@@ -14,41 +14,50 @@ SIZES = {"float32": 4, "bfloat16": 2}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print bytes of weights and of the cache, by policy and by length."""
-    parser = options.Parser("plan", "Bytes of weights and cache, read from the config.")
-    parser.add_argument("model", help="known name, HF folder, .gguf, lclm folder")
-    parser.add_argument("--dtype", choices=options.DTYPES, default="float32")
+    """Print bytes of weights, caches and recurrent states, by policy and length."""
+    about = "Bytes of weights, caches and states, read from the config."
+    parser = options.Parser("plan", about)
+    parser.add_argument("source", nargs="?", help="the same as --model")
+    parser.add_argument(
+        "--model", help="preset, known name, HF folder, .gguf, lclm folder"
+    )
+    parser.add_argument("--dtype", choices=options.DTYPES, default="bfloat16")
     parser.add_argument(
         "--cache", action="append", metavar="NAME:KEY=VALUE,...", help="repeatable"
     )
-    parser.add_argument("--lengths", type=options.lengths, default="8k,32k,128k")
+    parser.add_argument(
+        "--context", "--lengths", type=options.lengths, default="8k,32k,128k"
+    )
     parser.add_argument("--batch", type=options.positive, default=1)
     args = parser.parse_args(argv)
+    if (args.source is None) == (args.model is None):
+        parser.error("name one model: `lclm plan jamba-v0.1`")
 
     import jax.numpy as jnp
     from rich.console import Console
     from rich.table import Table
 
     from lclm import cache
-    from lclm.blocks.layer import state_bytes
+    from lclm.blocks.layer import state_sizes
     from lclm.serve.memory import available_bytes, format_bytes
 
     policies = [cache.make(text) for text in args.cache or ["full"]]
-    config = describe(args.model)
+    config, dtype = describe(args.model or args.source), getattr(jnp, args.dtype)
     weights = parameters(config) * SIZES[args.dtype]
     free = available_bytes()
     print(f"{parameters(config):,} parameters, {args.dtype}: {format_bytes(weights)}")
     print(f"available: {format_bytes(free)}" if free else "available: not known")
-    table = Table("cache", *(f"{args.batch} x {n:,}" for n in args.lengths))
+    table = Table("cache", *(f"{args.batch} x {n:,}" for n in args.context))
+    state = 0
     for text, policy in zip(args.cache or ["full"], policies, strict=True):
         row = []
-        for length in args.lengths:
-            dtype = getattr(jnp, args.dtype)
-            size = state_bytes(config, policy, args.batch, length, dtype)
-            fits = free is None or weights + size <= free
-            row.append(format_bytes(size) + ("" if fits else " (does not fit)"))
+        for length in args.context:
+            kept, state = state_sizes(config, policy, args.batch, length, dtype)
+            fits = free is None or weights + kept + state <= free
+            row.append(format_bytes(kept) + ("" if fits else " (does not fit)"))
         table.add_row(text, *row)
     Console().print(table)
+    print(f"recurrent state at any length: {format_bytes(state)}")
 
 
 def parameters(config: "ModelConfig") -> int:
@@ -63,8 +72,11 @@ def describe(source: str) -> "ModelConfig":
     from lclm import hub
     from lclm.hub.gguf_file import GgufFile
     from lclm.hub.gguf_import import gguf_config
+    from lclm.models.presets import PRESETS, preset
 
     path = Path(source)
+    if source in PRESETS and not path.exists():
+        return preset(source)
     if source in hub.KNOWN and not path.exists():
         path = hub.pull(source)
     return gguf_config(GgufFile(path)) if path.is_file() else hub.load(source).config

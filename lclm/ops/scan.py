@@ -99,7 +99,7 @@ def _blocks(tokens: Tokens) -> Tokens:
     count = len(tokens.x)
     extra = -count % min(BLOCK, count)
 
-    def cut(part: Array, fill: float) -> Array:
+    def cut(part: Array, fill: int) -> Array:
         pads = [(0, extra)] + [(0, 0)] * (part.ndim - 1)
         part = jnp.pad(part, pads, constant_values=fill) if extra else part
         return part.reshape(-1, min(BLOCK, count), *part.shape[1:])

@@ -15,6 +15,7 @@ from lclm import cache as policies
 from lclm.blocks.layer import init_states
 from lclm.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfig, RopeSpec, Run
 from lclm.models.decoder import Decoder, init_params
+from lclm.specs import MambaSpec
 from tests.tiny import lively
 
 ROPE = RopeSpec(context=64)
@@ -23,6 +24,8 @@ LOCAL = AttentionSpec(4, 2, 8, ROPE)
 LAYERS = {
     "attention": LayerSpec(LOCAL, MlpSpec(24)),
     "window": LayerSpec(AttentionSpec(4, 2, 8, ROPE, window=5), MlpSpec(24)),
+    "mamba": LayerSpec(MambaSpec(12, 3, state=4), None),
+    "mamba-jamba": LayerSpec(MambaSpec(12, 3, state=4, inner_norms=True), MlpSpec(24)),
 }
 RECURRENT = [name for name in LAYERS if name not in ("attention", "window")]
 VOCAB, WIDTH, LENGTH = 31, 16, 14

@@ -224,3 +224,13 @@ def test_eval_keeps_records_and_resumes(echo, monkeypatch, tmp_path, capsys):
     echo.generate = again
     assert main(argv) == 0
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines
+
+
+def test_a_plan_of_a_preset_names_weights_cache_and_state(capsys):
+    assert main(["plan", "--model", "llama-2-7b", "--context", "2m"]) == 0
+    text = capsys.readouterr().out
+    assert "6,738,415,616 parameters, bfloat16: 12.6 GiB" in text
+    assert "1.0 TiB" in text and "recurrent state at any length: 0 B" in text
+    assert main(["plan", "mamba-130m", "--context", "256k"]) == 0
+    text = capsys.readouterr().out
+    assert "0 B" in text and "recurrent state at any length: 2" in text
