@@ -1,17 +1,23 @@
 """`lclm list`: every table of names the library has."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lclm.cli.options import Parser
 from lclm.registry import Entry, Table
+
+if TYPE_CHECKING:
+    from lclm.config import ModelConfig
 
 TABLES = Table(
     "table",
     {
         "models": Entry("lclm.hub:KNOWN", "models that `lclm pull` fetches"),
+        "presets": Entry("lclm.models.presets:PRESETS", "shapes of published models"),
         "caches": Entry("lclm.cache:POLICIES", "what survives of the past"),
         "patterns": Entry("lclm.attention:PATTERNS", "which keys a query sees"),
         "mixers": Entry("lclm.blocks:MIXERS", "how tokens mix"),
+        "feed-forwards": Entry("lclm.blocks:FEED_FORWARDS", "what follows the mixer"),
         "evals": Entry("lclm.evals:EVALS", "what can be measured"),
     },
 )
@@ -27,8 +33,17 @@ def main(argv: Sequence[str]) -> None:
         table = TABLES[name]
         lines = table.about() if isinstance(table, Table) else _about(table)
         for entry, about in lines.items():
-            print(f"  {entry:16}{about}")
+            print(f"  {entry:20}{about}")
 
 
 def _about(known: dict) -> dict[str, str]:
-    return {name: model.about for name, model in known.items()}
+    """Lines about models to pull, or about presets (functions that make a shape)."""
+    return {
+        name: _shape(model()) if callable(model) else model.about
+        for name, model in known.items()
+    }
+
+
+def _shape(config: "ModelConfig") -> str:
+    kinds = " + ".join(dict.fromkeys(layer.mixer.TYPE for layer in config.layers))
+    return f"{len(config.layers)} x {config.width}, {kinds}, context {config.context}"
