@@ -87,6 +87,8 @@ class AttentionSpec:
 
     `window`: a query sees this many tokens, itself included; None sees all.
     `scale`: multiplies q.k; None is head_dim ** -0.5. `sink`: learned logit per head.
+    `sinks`: beside its window a query sees this many first tokens of its document.
+    `pattern`: a static pattern in place of a window, "block_sparse:block=64,stride=8".
     """
 
     TYPE: ClassVar[str] = "attention"
@@ -102,6 +104,8 @@ class AttentionSpec:
     out_bias: bool = False
     qk_norm: bool = False
     sink: bool = False
+    sinks: int = 0
+    pattern: str | None = None
 
     def __post_init__(self):
         _require(
@@ -113,6 +117,21 @@ class AttentionSpec:
             self.window is None or self.window >= 1,
             f"attention window is {self.window}; it must be at least 1 token",
         )
+        _require(
+            self.sinks == 0 or (self.sinks > 0 and self.window is not None),
+            f"{self.sinks} attention sinks with window={self.window}: give a count "
+            ">= 0, and a window beside which they are seen",
+        )
+        _require(
+            self.pattern is None or self.window is None,
+            f"attention pattern {self.pattern!r} with window={self.window}: a pattern "
+            "stands in place of a window; leave one of them out",
+        )
+
+    @property
+    def static(self) -> bool:
+        """Whether the layer has a sparse pattern other than a window."""
+        return self.sinks > 0 or self.pattern is not None
 
 
 @dataclass(frozen=True)
@@ -278,9 +297,10 @@ class InfiniSpec:
         )
         local, rope = self.attention, self.attention.rope
         _require(
-            local.window is None and not local.sink,
-            f"Infini-attention with window={local.window}, sink={local.sink}: its "
-            "local part sees its whole segment; leave both out and set segment",
+            local.window is None and local.pattern is None and not local.sink,
+            f"Infini-attention with window={local.window}, pattern={local.pattern!r}, "
+            f"sink={local.sink}: its local part sees its whole segment; leave them "
+            "out and set segment",
         )
         _require(
             rope is None or not rope.dynamic,

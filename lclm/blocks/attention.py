@@ -4,15 +4,20 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from lclm.attention import make as make_pattern
 from lclm.blocks.norms import Norm
 from lclm.cache.base import CachePolicy, Heads, Layer
 from lclm.cache.step import Step
 from lclm.config import AttentionSpec, NormSpec
+from lclm.errors import LclmError
 from lclm.ops.linear import linear
+from lclm.ops.masked import masked_attention, with_sink
 from lclm.typing import Array, Float
 from pallas_kernels import mask as masks
 from pallas_kernels.attention import attention
+from pallas_kernels.mask import Mask
 
 INIT = nn.initializers.normal(0.02)
 
@@ -69,7 +74,7 @@ class Attention(nn.Module):
         if cache is None:
             out = dense_attention(heads, step, spec, sink)
         else:
-            layer = Layer(self.index, spec)
+            layer = Layer(self.index, spec, layer_mask(spec) if spec.static else None)
             with jax.named_scope("cache"):
                 out, cache = self.policy.attend(cache, heads, step, layer, sink)
         out = out.astype(x.dtype).reshape(*x.shape[:2], -1)
@@ -95,13 +100,18 @@ class Attention(nn.Module):
 def dense_attention(
     heads: Heads, step: Step, spec: AttentionSpec, sink: Array | None
 ) -> Float[Array, "B T N H"]:
-    """Every query over all keys of the call that its layer may see."""
-    mask = masks.causal()
-    if spec.window is not None:
-        mask = mask & masks.window(spec.window)
+    """Every query over all keys of the call that its layer may see.
+
+    Patterns are laid on positions: packed documents after the first do not start where
+    the row does, so theirs are evaluated pair by pair.
+    """
+    q, k = step.rotate(heads.q, spec.rope), step.rotate(heads.k, spec.rope)
+    mask = layer_mask(spec)
+    if step.segments is not None and spec.static:
+        return masked_dense(q, k, heads.v, step, spec, mask=mask, sink=sink)
     out, _ = attention(
-        step.rotate(heads.q, spec.rope),
-        step.rotate(heads.k, spec.rope),
+        q,
+        k,
         heads.v,
         mask=mask,
         scale=spec.scale,
@@ -111,3 +121,43 @@ def dense_attention(
         kv_segment_ids=step.segments,
     )
     return out
+
+
+def layer_mask(spec: AttentionSpec) -> Mask:
+    """What a query of the layer may see; LclmError where a pattern's heads misfit."""
+    if spec.pattern is not None:
+        mask = masks.causal() & make_pattern(spec.pattern)
+        try:
+            mask.layout(spec.heads)
+        except ValueError as error:
+            raise LclmError(f"attention pattern {spec.pattern!r}: {error}") from None
+        return mask
+    if spec.window is None:
+        return masks.causal()
+    near = masks.window(spec.window)
+    return masks.causal() & (near | masks.sink(spec.sinks) if spec.sinks else near)
+
+
+def masked_dense(
+    q: Array,
+    k: Array,
+    v: Array,
+    step: Step,
+    spec: AttentionSpec,
+    *,
+    mask: Mask,
+    sink: Array | None,
+) -> Float[Array, "B T N H"]:
+    """Attention of packed documents under a mask on their own positions."""
+    parts = masked_attention(
+        q,
+        jnp.swapaxes(k, 1, 2),
+        jnp.swapaxes(v, 1, 2),
+        step.positions,
+        step.positions,
+        mask=mask,
+        scale=spec.scale,
+        softcap=spec.softcap,
+        segments=step.segments,
+    )
+    return with_sink(*parts, sink)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lclm.config import AttentionSpec, ModelConfig
 from lclm.typing import Array, Float, Int, Leaf
+from pallas_kernels.mask import Mask
 
 if TYPE_CHECKING:
     from lclm.cache.step import Step
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layer:
-    """Which layer a policy is asked about."""
+    """Which layer a policy is asked about.
+
+    `mask` is the whole mask of a spec with a static pattern, on positions, or None.
+    """
 
     index: int
     spec: AttentionSpec
+    mask: Mask | None = None
 
 
 def layers_of(config: ModelConfig) -> tuple[Layer, ...]:

@@ -11,6 +11,7 @@ from lclm.cache.base import KV, Cache, CachePolicy, Evidence, HeadGroup, Heads, 
 from lclm.cache.step import Step
 from lclm.errors import LclmError
 from lclm.typing import Array, Int
+from pallas_kernels import mask as masks
 
 
 def at_least(name: str, value: int, low: int, unit: str = "tokens") -> None:
@@ -46,7 +47,7 @@ class Absolute(CachePolicy):
 class Full(Absolute):
     """Keep everything. `limit` caps a row's tokens; None sizes it to the request.
 
-    A layer with a window of its own keeps only that window.
+    A layer with a window of its own keeps only that window, and its sinks.
     """
 
     limit: int | None = None
@@ -58,6 +59,17 @@ class Full(Absolute):
     def capacity(self, layer: Layer, length: int) -> int:
         window = layer.spec.window
         return length if window is None else window - 1
+
+    def groups(self, layer: Layer, length: int) -> tuple[HeadGroup, ...]:
+        (recent,) = super().groups(layer, length)
+        if not layer.spec.sinks:
+            return (recent,)
+        return HeadGroup(recent.heads, layer.spec.sinks), recent
+
+    def attend(self, cache, heads, step, layer, sink=None):
+        if layer.spec.sinks:
+            return read.sinks_and_band(cache, heads, step, layer, sink)
+        return super().attend(cache, heads, step, layer, sink)
 
     def update(
         self, cache: Cache, new: KV, step: Step, layer: Layer, evidence: Evidence
@@ -94,9 +106,13 @@ class Window(Absolute):
         return Cache((write.ring(kv, new, step),), cache.extra)
 
     def _narrow(self, layer: Layer) -> Layer:
-        window = min(self.window, layer.spec.window or self.window)
-        spec = dataclasses.replace(layer.spec, window=window)
-        return Layer(layer.index, spec)
+        spec, window, mask = layer.spec, self.window, layer.mask
+        if spec.static:
+            mask = None if mask is None else mask & masks.window(window)
+        else:
+            window = min(window, spec.window or window)
+        spec = dataclasses.replace(spec, window=window, sinks=0, pattern=None)
+        return Layer(layer.index, spec, mask)
 
 
 @dataclass(frozen=True)
@@ -140,6 +156,12 @@ class Streaming(CachePolicy):
         """See the class: recent band and sinks as two calls of one operation."""
         spec = layer.spec
         first, recent = cache.groups
+        if spec.static:
+            raise LclmError(
+                f"streaming with a layer of {spec.sinks} sinks and pattern "
+                f"{spec.pattern!r} of its own: two patterns do not mix; use 'full', "
+                "which keeps what such a layer sees"
+            )
         if spec.rope is not None and spec.rope.dynamic:
             raise LclmError(
                 f"streaming with RoPE type {spec.rope.kind!r}: its angles change with "

@@ -1,10 +1,14 @@
 """Reading a cache: attention over slots merged with attention inside the call."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax import lax
 
+from lclm.cache import write
 from lclm.cache.base import KV, Cache, Evidence, Heads, Layer, Needs
 from lclm.cache.step import Step
+from lclm.ops.masked import masked_attention
 from lclm.ops.precision import wide
 from lclm.typing import Array
 from pallas_kernels import mask as masks
@@ -48,8 +52,12 @@ def absolute(
     q = step.rotate(heads.q, spec.rope)
     new = new_tokens(heads, step, layer)
     old_keys = stored_keys(kv, step, layer)
-    past = over_slots(q, old_keys, kv, step, layer, window=spec.window)
-    inside = within_call(q, new, step, layer, window=spec.window)
+    if layer.mask is None:
+        past = over_slots(q, old_keys, kv, step, layer, window=spec.window)
+        inside = within_call(q, new, step, layer, window=spec.window)
+    else:
+        past = under_mask(q, dataclasses.replace(kv, k=old_keys), step, layer)
+        inside = under_mask(q, new, step, layer)
     out, lse = combine([past, inside], sink)
     evidence = _evidence(q, old_keys, kv, new, lse, heads, step, layer, needs)
     if spec.rope is not None and spec.rope.dynamic:
@@ -73,6 +81,45 @@ def over_slots(
         softcap=layer.spec.softcap,
         length=used,
     )
+
+
+def under_mask(q: Array, kv: KV, step: Step, layer: Layer) -> tuple[Array, Array]:
+    """(out, lse) over the slots that the layer's static pattern shows."""
+    return masked_attention(
+        q,
+        kv.k,
+        kv.v,
+        step.positions,
+        kv.pos[:, 0],
+        mask=layer.mask,
+        scale=layer.spec.scale,
+        softcap=layer.spec.softcap,
+    )
+
+
+def sinks_and_band(
+    cache: Cache, heads: Heads, step: Step, layer: Layer, sink: Array | None
+) -> tuple[Array, Cache]:
+    """Attention of a layer with sinks and a window, and the slots behind it.
+
+    The cache holds the sinks, and beside them a ring of the last window - 1 tokens.
+    """
+    spec, (first, recent) = layer.spec, cache.groups
+    q = step.rotate(heads.q, spec.rope)
+    new = kept = new_tokens(heads, step, layer)
+    if spec.rope is not None and spec.rope.dynamic:
+        kept = new_tokens(heads, step, layer, rotated=False)
+    first = write.head(first, kept, step)
+    seen = dataclasses.replace(first, k=stored_keys(first, step, layer))
+    keys = stored_keys(recent, step, layer)
+    parts = [
+        over_slots(q, keys, recent, step, layer, window=spec.window),
+        within_call(q, new, step, layer, window=spec.window, first=spec.sinks),
+        over_all(q, seen, step, layer),
+    ]
+    out, _ = combine(parts, sink)
+    recent = write.ring(recent, kept, step.after(out), spec.sinks)
+    return out, Cache((first, recent), cache.extra)
 
 
 def over_all(q: Array, kv: KV, step: Step, layer: Layer) -> tuple[Array, Array]:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from lclm.specs import InfiniSpec
@@ -390,10 +389,6 @@ def _single_local(q, k, v, positions, spec: InfiniSpec, state: InfiniState):
         _put(old, new[:, 0], at) for old, new in ((state.k, k), (state.v, v))
     )
     slots = jnp.arange(spec.segment, dtype=jnp.int32)[None]
-    if q.dtype == jnp.float64:
-        keys, values = (jnp.swapaxes(x, 1, 2) for x in buffers)
-        ids = jnp.zeros_like(positions), jnp.where(slots <= at[:, None], 0, -1)
-        return _attend(q, keys, values, spec, masks.full(), ids=ids), buffers
     out, _ = cached_attention(
         q,
         *buffers,
@@ -427,21 +422,17 @@ def _runs(positions: Int[Array, "B T"], segment: int) -> tuple[Array, Array]:
 
 
 def _attend(q, k, v, spec: InfiniSpec, mask: Mask, *, offset: int = 0, ids=None):
-    """Softmax attention in the type of `q`; float64 in the plain dense form."""
-    a = spec.attention
-    if q.dtype != jnp.float64:
-        rows, columns = ids or (None, None)
-        return attention(
-            q, k, v, mask=mask, scale=a.scale, softcap=a.softcap,
-            q_segment_ids=rows, kv_segment_ids=columns, offset=offset,
-        )[0]  # fmt: skip
-    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    scale = H**-0.5 if a.scale is None else a.scale
-    scores = jnp.einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, N // K, H), k) * scale
-    if a.softcap is not None:
-        scores = a.softcap * jnp.tanh(scores / a.softcap)
-    seen = mask.visible(offset + np.arange(T)[:, None], np.arange(S)[None])[None]
-    if ids is not None:
-        seen = seen & (ids[0][:, :, None] == ids[1][:, None])
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e30), -1)
-    return jnp.einsum("bkgts,bske->btkge", weights, v).reshape(B, T, N, -1)
+    """Softmax attention with the options of the layer."""
+    rows, columns = ids or (None, None)
+    out, _ = attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=spec.attention.scale,
+        softcap=spec.attention.softcap,
+        q_segment_ids=rows,
+        kv_segment_ids=columns,
+        offset=offset,
+    )
+    return out
