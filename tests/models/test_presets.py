@@ -33,6 +33,15 @@ PARAMETERS = {
     "jamba-1.5-mini": 51_570_323_328,
     "jamba-1.5-large": 398_555_145_696,
     "mixtral-8x7b": 46_702_792_704,
+    "longgen-llama-2-7b": 6_738_415_616,
+    "longgen-llama-2-7b-blocks": 6_738_415_616,
+    "longgen-llama-3-8b": 8_030_261_248,
+    "longgen-llama-3-8b-blocks": 8_030_261_248,
+    "longgen-smollm2-135m": 134_515_008,
+    "longgen-smollm2-135m-blocks": 134_515_008,
+    "infini-llama-2-7b": 6_738_415_616 + 32 * 32,
+    "infini-llama-3-8b": 8_030_261_248 + 32 * 32,
+    "infini-smollm2-135m": 134_515_008 + 30 * 9,
 }
 
 
