@@ -20,6 +20,7 @@ from lclm.ops.branch import choose
 from lclm.typing import Array, Bool, Float, Int
 
 BLOCK = 64
+SHORT = 32  # calls of up to this many tokens run token by token
 SPARE = 4  # packed rows may need this many blocks more than a plain one, and a quarter
 HIGHEST = lax.Precision.HIGHEST
 
@@ -86,7 +87,9 @@ def _cema(x, c, state, positions):
         keep = (positions[:, 0] != 0)[:, None, None, None]
         new, y = advance(jnp.where(keep, state, 0), x[:, 0], c)
         return y[:, None], jnp.where(valid[:, :1, None, None], new, state)
-    block = block_size(T)
+    if T <= SHORT:
+        return _sequential(T, (x, c, state), (valid, positions == 0))
+    block = min(BLOCK, 1 << (T - 1).bit_length())
     count = -(-T // block)
     packed = count + count // 4 + SPARE
     plan = lay_out(positions, block, packed)
@@ -100,11 +103,6 @@ def _cema(x, c, state, positions):
         functools.partial(_sequential, block),
     )
     return choose(forms, index, (x, c, state), plan)
-
-
-def block_size(length: int) -> int:
-    """Tokens in a tile: a power of two, at most BLOCK."""
-    return min(BLOCK, 1 << max(length - 1, 1).bit_length())
 
 
 class Plan(NamedTuple):
@@ -279,7 +277,7 @@ def toeplitz(lag: Float[Array, "D Q"]) -> Float[Array, "D Q Q"]:
     return rows[:, : Q * (2 * Q - 1)].reshape(D, Q, 2 * Q - 1)[:, :, :Q]
 
 
-def _sequential(block: int, values: Any, plan: Plan) -> tuple[Array, Array]:
+def _sequential(block: int, values: Any, plan: Any) -> tuple[Array, Array]:
     """Token by token, for rows of very many documents; blocks are run again backward.
 
     The states of one block at a time are held: memory is O(B T D).
@@ -297,7 +295,7 @@ def _sequential(block: int, values: Any, plan: Plan) -> tuple[Array, Array]:
     def run(state, tokens):
         return lax.scan(lambda h, token: _token(h, token, c), state, tokens)
 
-    state, y = lax.scan(run, state, (cut(x), cut(plan.valid), cut(plan.resets)))
+    state, y = lax.scan(run, state, (cut(x), cut(plan[0]), cut(plan[1])))
     return jnp.moveaxis(y, 2, 0).reshape(B, -1, D)[:, :T], state
 
 

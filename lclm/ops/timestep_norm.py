@@ -15,6 +15,7 @@ from jax import lax
 from lclm.typing import Array, Bool, Float, Int
 
 OPEN = 256  # tokens between two merges into the closed level
+SHORT = 32  # calls of up to this many tokens run token by token
 MOST = 2**31 - 1
 
 
@@ -88,11 +89,8 @@ def timestep_norm(
     var = jnp.mean(jnp.square(grouped - mean[..., None]), -1)
     tokens = Moments(valid.astype(jnp.int32), mean, var)
     state = jax.tree.map(lambda a: a if a.ndim == 1 else a.astype(wide), state)
-    if T == 1:
-        one = jax.tree.map(lambda leaf: leaf[:, 0], tokens)
-        state = _advance(_forget(state, resets[:, 0]), one)
-        now = merge(state.closed, state.open)
-        so_far = jax.tree.map(lambda leaf: leaf[:, None], now)
+    if T <= SHORT:
+        so_far, state = _token_by_token(state, tokens, resets)
     else:
         so_far = _running(tokens, resets, merge(state.closed, state.open))
         state = _behind(state, tokens, so_far, resets)
@@ -106,6 +104,18 @@ def _forget(state: NormState, reset: Bool[Array, " B"]) -> NormState:
     groups, dtype = state.open.mean.shape[-1], state.open.mean.dtype
     fresh = none_seen(len(reset), groups, dtype)
     return NormState(*(f.where(reset, s) for f, s in zip(fresh, state, strict=True)))
+
+
+def _token_by_token(
+    state: NormState, tokens: Moments, resets: Bool[Array, "B T"]
+) -> tuple[Moments, NormState]:
+    def step(state: NormState, token: tuple[Moments, Array]):
+        state = _advance(_forget(state, token[1]), token[0])
+        return state, merge(state.closed, state.open)
+
+    by_time = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), (tokens, resets))
+    state, so_far = lax.scan(step, state, by_time, unroll=resets.shape[1] == 1)
+    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), so_far), state
 
 
 def _advance(state: NormState, token: Moments) -> NormState:
