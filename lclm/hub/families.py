@@ -63,6 +63,7 @@ HF = Table(
         "mamba": Entry("lclm.hub.hf_mamba:FAMILY", "Mamba-1"),
         "mamba2": Entry("lclm.hub.hf_mamba2:FAMILY", "Mamba-2"),
         "jamba": Entry("lclm.hub.hf_jamba:JAMBA", "attention, Mamba and experts"),
+        "megalodon": Entry("lclm.hub.hf_megalodon:FAMILY", "complex EMA, chunks"),
         "mixtral": Entry("lclm.hub.hf_jamba:MIXTRAL", "attention and experts"),
     },
 )

@@ -10,7 +10,13 @@ from lclm.config import (
     Run,
 )
 from lclm.errors import unknown
-from lclm.models import hybrid_presets, jamba_presets, mamba2_presets, mamba_presets
+from lclm.models import (
+    hybrid_presets,
+    jamba_presets,
+    mamba2_presets,
+    mamba_presets,
+    megalodon_presets,
+)
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original": 8192}
 
@@ -151,6 +157,7 @@ PRESETS = {
     **mamba_presets.PRESETS,
     **mamba2_presets.PRESETS,
     **jamba_presets.PRESETS,
+    **megalodon_presets.PRESETS,
 }
 PRESETS |= hybrid_presets.over(PRESETS)
 

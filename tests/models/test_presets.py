@@ -42,6 +42,12 @@ PARAMETERS = {
     "infini-llama-2-7b": 6_738_415_616 + 32 * 32,
     "infini-llama-3-8b": 8_030_261_248 + 32 * 32,
     "infini-smollm2-135m": 134_515_008 + 30 * 9,
+    "megalodon-200m": 220_627_968,
+    "megalodon-1.3b": 1_342_832_640,
+    "megalodon-1.3b-pg19": 1_327_628_288,
+    "megalodon-7.1b": 7_117_381_632,
+    "megalodon-7.3b": 7_385_817_088,
+    "megalodon-7b": 7_385_817_088,
 }
 
 
