@@ -15,18 +15,37 @@ from lclm import cache as policies
 from lclm.blocks.layer import init_states
 from lclm.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfig, RopeSpec, Run
 from lclm.models.decoder import Decoder, init_params
-from lclm.specs import MambaSpec
+from lclm.specs import (
+    FfnSpec,
+    InfiniSpec,
+    LayerNormSpec,
+    Mamba2Spec,
+    MambaSpec,
+    MegalodonSpec,
+    NormSpec,
+    TimestepNormSpec,
+)
 from tests.tiny import lively
 
 ROPE = RopeSpec(context=64)
 LOCAL = AttentionSpec(4, 2, 8, ROPE)
-# name: layer, final norm
 LAYERS = {
     "attention": LayerSpec(LOCAL, MlpSpec(24)),
     "window": LayerSpec(AttentionSpec(4, 2, 8, ROPE, window=5), MlpSpec(24)),
     "mamba": LayerSpec(MambaSpec(12, 3, state=4), None),
     "mamba-jamba": LayerSpec(MambaSpec(12, 3, state=4, inner_norms=True), MlpSpec(24)),
+    "mamba2": LayerSpec(Mamba2Spec(4, 4, state=4, groups=2, chunk=4), None),
+    "megalodon": LayerSpec(
+        MegalodonSpec(2, 8, 12, chunk=5, order=3, norm_groups=4),
+        FfnSpec(24, gated=True),
+        LayerNormSpec(),
+        wiring="twohop",
+    ),
+    "infini-delta": LayerSpec(InfiniSpec(LOCAL, segment=4), MlpSpec(24)),
+    "infini-linear": LayerSpec(InfiniSpec(LOCAL, segment=5, rule="linear"), None),
 }
+# A final norm with a state of its own.
+FINAL = {"megalodon": TimestepNormSpec(4)}
 RECURRENT = [name for name in LAYERS if name not in ("attention", "window")]
 VOCAB, WIDTH, LENGTH = 31, 16, 14
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5}
@@ -38,7 +57,8 @@ class Case:
     def __init__(self, name: str, dtype: str):
         layer = LAYERS[name]
         self.name, self.dtype = name, jnp.dtype(dtype)
-        self.config = ModelConfig("test", VOCAB, WIDTH, (Run((layer,), 1),), 64)
+        norm = FINAL.get(name, NormSpec())
+        self.config = ModelConfig("test", VOCAB, WIDTH, (Run((layer,), 1),), 64, norm)
         self.policy = policies.make("full")
         params = lively(init_params(self.config, jax.random.key(0)), 0.2)
         self.params = self._cast(params)
