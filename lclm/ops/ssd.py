@@ -1,8 +1,8 @@
 """Mamba-2's state-space scan as matrix products over blocks (arXiv 2405.21060).
 
-Letters of the products: b row, r block, i and j tokens of a block, k group of heads,
-g head of a group, h channel of a head, p state. A document's first token (position 0)
-starts from an empty state; padding (position -1) leaves the state as it is.
+Letters of the products: b row, i and j tokens of a block, k group of heads, g head of a
+group, h channel of a head, p state. A document's first token (position 0) starts from
+an empty state; padding (position -1) leaves the state as it is.
 """
 
 from typing import Any, NamedTuple
@@ -17,11 +17,11 @@ from lclm.typing import Array, Float, Int
 BLOCK = 64  # tokens whose pairs are formed at once
 
 
-class Blocks(NamedTuple):
-    """What the scan reads, by block; `count` of document starts up to each token.
+class Block(NamedTuple):
+    """What the scan reads; `count` of document starts up to each token of the call.
 
-    x [b r i k g h], delta [b r i k g], b and c [b r i k p], count int32 [b r i],
-    before int32 [b r]: the count in front of each block.
+    x [b i k g h], delta [b i k g], b and c [b i k p], count int32 [b i], before
+    int32 [b]: the count in front of the block. Chunks and their blocks lead in a call.
     """
 
     x: Array
@@ -35,9 +35,9 @@ class Blocks(NamedTuple):
 class Decays(NamedTuple):
     """How much of what survives where, between 0 and 1.
 
-    within [b r k g i j]: of token j's input at token i; enter [b r i k g]: of the
-    state before the block; leave [b r j k g]: of token j's input behind the block;
-    across [b r k g]: of the state from one side of the block to the other.
+    within [b k g i j]: of token j's input at token i; enter [b i k g]: of the state
+    before the block; leave [b j k g]: of token j's input behind the block; across
+    [b k g]: of the state from one side of the block to the other.
     """
 
     within: Array
@@ -78,11 +78,12 @@ def ssd(
         now = (x[:, 0], delta[:, 0], a, b[:, 0], c[:, 0])
         y, state = _token(*now, first, state)
         return y[:, None], state
-    spans = _cut(x, delta, b, c, positions, chunk=chunk)
+    chunks = _cut(x, delta, b, c, positions, chunk=chunk)
     split = (groups, heads // groups)
-    y, state = _scan(spans, a.reshape(split), state.reshape(rows, *split, size, width))
-    y = jnp.moveaxis(y, 0, 1).reshape(rows, -1, heads, size)[:, :time]
-    return y, state.reshape(rows, heads, size, width)
+    state = jnp.moveaxis(state.reshape(rows, *split, size, width), -1, 2)
+    y, state = _scan(chunks, a.reshape(split), state)
+    y = jnp.moveaxis(y, 2, 0).reshape(rows, -1, heads, size)[:, :time]
+    return y, jnp.moveaxis(state, 2, -1).reshape(rows, heads, size, width)
 
 
 def check(x: Array, b: Array, state: Array | None, chunk: int) -> None:
@@ -114,62 +115,83 @@ def _token(x, delta, a, b, c, first, state):
     return jnp.sum(state * c[:, :, None], -1), state
 
 
-def _cut(x, delta, b, c, positions, *, chunk: int) -> Blocks:
-    """The call as spans of `chunk` tokens, leading, each of blocks; padded to fit."""
+def _cut(x, delta, b, c, positions, *, chunk: int) -> Block:
+    """The call as chunks, each of blocks, padded behind to fit."""
     rows, time = positions.shape
-    block = min(BLOCK, chunk, time)
-    many = min(-(-chunk // block), -(-time // block))
+    size = min(BLOCK, chunk, time)
+    many = min(-(-chunk // size), -(-time // size))
     groups, each = b.shape[2], x.shape[2] // b.shape[2]
-
-    spare = -time % (block * many)
+    spare = -time % (size * many)
 
     def cut(value: Array, *rest: int, mode: str = "constant") -> Array:
         if spare:
             pads = ((0, 0), (0, spare)) + ((0, 0),) * (value.ndim - 2)
             value = jnp.pad(value, pads, mode=mode)
-        return jnp.moveaxis(value.reshape(rows, -1, many, block, *rest), 1, 0)
+        return jnp.moveaxis(value.reshape(rows, -1, many, size, *rest), 0, 2)
 
     count = cut(jnp.cumsum(positions == 0, 1, dtype=jnp.int32), mode="edge")
-    last = jnp.moveaxis(count[..., -1], 0, 1).reshape(rows, -1)
-    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0))).reshape(rows, -1, many)
-    return Blocks(
+    last = count[..., -1].reshape(-1, rows)
+    before = jnp.pad(last[:-1], ((1, 0), (0, 0)))
+    return Block(
         cut(x, groups, each, x.shape[3]),
         cut(delta, groups, each),
         cut(b, groups, b.shape[3]),
         cut(c, groups, c.shape[3]),
         count,
-        jnp.moveaxis(before, 1, 0),
+        before.reshape(-1, many, rows),
     )
 
 
 @jax.custom_vjp
-def _scan(spans: Blocks, a: Array, state: Array) -> tuple[Array, Array]:
-    """Outputs [spans b r i k g h] and the final state [b k g h p]."""
-    return _forward(spans, a, state)[0]
+def _scan(chunks: Block, a: Array, state: Array) -> tuple[Array, Array]:
+    """Outputs [chunks blocks b i k g h] and the final state [b k p g h]."""
+    return _forward(chunks, a, state)[0]
 
 
-def _forward(spans, a, state):
-    def step(state, span):
-        y, after = _span(span, a, state)
+def _forward(chunks, a, state):
+    def block(state, block):
+        return _block(block, a, state)
+
+    def chunk(state, blocks):
+        after, y = _over(block, state, blocks)
         return after, (y, state)
 
-    final, (y, entered) = _over(step, state, spans)
-    return (y, final), (spans, a, entered)
+    final, (y, entered) = _over(chunk, state, chunks)
+    return (y, final), (chunks, a, entered)
 
 
 def _backward(saved, cotangents):
-    spans, a, entered = saved
+    """Chunks from the last to the first; states inside are formed again."""
+    chunks, a, entered = saved
     dy, dstate = cotangents
 
-    def step(carry, each):
+    def again(state, block):
+        return _after(block, _decays(block, a), state), state
+
+    def pull(carry, each):
+        block, before, dy = each
+        dstate, flow, da = carry
+        (dx, dflow, db, dc), dstate = _block_vjp(block, a, before, dy, dstate)
+        dlog = jnp.flip(jnp.cumsum(jnp.flip(dflow, 1), axis=1), 1) + flow[:, None]
+        ddelta = a * dlog + jnp.sum(block.x * dx, -1)
+        da += jnp.sum(block.delta * dlog, (0, 1))
+        parts = (dx * block.delta[..., None], ddelta, db, dc)
+        parts = tuple(p.astype(v.dtype) for p, v in zip(parts, block, strict=False))
+        return (dstate, dlog[:, 0], da), parts
+
+    def chunk(carry, each):
+        blocks, state, dy = each
         dstate, da = carry
-        span, state, dy = each
-        parts, dstate, more = _span_vjp(span, a, state, dy, dstate)
-        return (dstate, da + more), parts
+        final, before = _over(again, state, blocks)
+        # <state, its cotangent> behind the chunk; blocks carry it on by differences.
+        flow = jnp.sum(final * dstate, (2, 4))
+        start = (dstate, flow, da)
+        (dstate, _, da), parts = _over(pull, start, (blocks, before, dy), reverse=True)
+        return (dstate, da), parts
 
     start = (dstate, jnp.zeros_like(a))
-    (dstate, da), parts = _over(step, start, (spans, entered, dy), reverse=True)
-    return Blocks(*parts, None, None), da, dstate
+    (dstate, da), parts = _over(chunk, start, (chunks, entered, dy), reverse=True)
+    return Block(*parts, None, None), da, dstate
 
 
 _scan.defvjp(_forward, _backward)
@@ -187,103 +209,92 @@ def _product(form: str, left: Array, right: Array) -> Array:
     return jnp.einsum(form, left, right, precision=lax.Precision.HIGHEST)
 
 
-def _wide(span: Blocks) -> tuple[Array, Array, Array]:
+def _wide(block: Block) -> tuple[Array, Array, Array]:
     """delta x, b and c in the type of delta."""
-    kind = span.delta.dtype
-    x = span.x.astype(kind) * span.delta[..., None]
-    return x, span.b.astype(kind), span.c.astype(kind)
+    kind = block.delta.dtype
+    x = block.x.astype(kind) * block.delta[..., None]
+    return x, block.b.astype(kind), block.c.astype(kind)
 
 
-def _decays(span: Blocks, a: Array) -> Decays:
+def _decays(block: Block, a: Array) -> Decays:
     """Exponents are never positive: what is masked is masked before exp."""
-    total = jnp.cumsum(span.delta * a, axis=2)
-    count, before = span.count, span.before
-    last = count[..., -1]
-    lines = jnp.moveaxis(total, 2, -1)
+    count, before = block.count, block.before
+    last = count[:, -1]
+    order = lax.iota(jnp.int32, count.shape[1])
+    seen = count[:, :, None] == count[:, None, :]
+    seen = seen & (order[:, None] >= order)
+    total = jnp.cumsum(block.delta * a, axis=1)
+    # Held back, or a CPU works both out again for every pair and head.
+    total, hidden = lax.optimization_barrier((total, _hidden(seen, total.dtype)))
+    end = total[:, -1]
+    lines = jnp.moveaxis(total, 1, -1)
     gap = lines[..., :, None] - lines[..., None, :]
-    order = lax.iota(jnp.int32, count.shape[-1])
-    seen = count[..., :, None] == count[..., None, :]
-    seen = (seen & (order[:, None] >= order))[:, :, None, None]
-    end = total[:, :, -1]
 
     def kept(mask: Array, exponent: Array) -> Array:
-        return jnp.exp(jnp.where(mask, exponent, -jnp.inf))
+        return jnp.exp(exponent + _hidden(mask, exponent.dtype)[..., None, None])
 
     return Decays(
-        kept(seen, gap),
-        kept((count == before[..., None])[..., None, None], total),
-        kept((count == last[..., None])[..., None, None], end[:, :, None] - total),
-        kept((last == before)[..., None, None], end),
+        jnp.exp(gap + hidden[:, None, None]),
+        kept(count == before[:, None], total),
+        kept(count == last[:, None], end[:, None] - total),
+        kept(last == before, end),
     )
 
 
-def _states(x, b, decays: Decays, state: Array) -> tuple[Array, Array]:
-    """States in front of each block [b r k g h p], and behind the last."""
-    put = _product("brjkgh,brjkp->brkghp", x * decays.leave[..., None], b)
-    found = []
-    for r in range(put.shape[1]):
-        found.append(state)
-        state = decays.across[:, r, ..., None, None] * state + put[:, r]
-    return jnp.stack(found, 1), state
+def _hidden(mask: Array, dtype: Any) -> Array:
+    """What to add to an exponent: nothing, or minus infinity where the mask is off."""
+    return jnp.where(mask, 0.0, -jnp.inf).astype(dtype)
 
 
-def _span(span: Blocks, a: Array, state: Array) -> tuple[Array, Array]:
-    """Outputs of one span and the state behind it (architectures.md 3.3)."""
-    x, b, c = _wide(span)
-    decays = _decays(span, a)
-    before, state = _states(x, b, decays, state)
-    mix = decays.within * _product("brikp,brjkp->brkij", c, b)[:, :, :, None]
-    y = _product("brkgij,brjkgh->brikgh", mix, x)
-    entered = _product("brikp,brkghp->brikgh", c, before)
-    return y + decays.enter[..., None] * entered, state
+def _after(block: Block, decays: Decays, state: Array) -> Array:
+    """The state [b k p g h] behind a block."""
+    x, b, _ = _wide(block)
+    put = _product("bjkp,bjkgh->bkpgh", b, x * decays.leave[..., None])
+    return decays.across[:, :, None, :, None] * state + put
 
 
-def _span_vjp(
-    span: Blocks, a: Array, state: Array, dy: Array, dstate: Array
-) -> tuple[tuple[Array, ...], Array, Array]:
-    """Cotangents of (x, delta, b, c), of the state in front, and of `a`.
+def _block(block: Block, a: Array, state: Array) -> tuple[Array, Array]:
+    """The state behind a block, and its outputs (architectures.md 3.3)."""
+    x, b, c = _wide(block)
+    decays = _decays(block, a)
+    mix = decays.within * _product("bikp,bjkp->bkij", c, b)[:, :, None]
+    y = _product("bkgij,bjkgh->bikgh", mix, x)
+    entered = _product("bikp,bkpgh->bikgh", c, state)
+    return _after(block, decays, state), y + decays.enter[..., None] * entered
+
+
+def _block_vjp(
+    block: Block, a: Array, state: Array, dy: Array, dstate: Array
+) -> tuple[tuple[Array, ...], Array]:
+    """Cotangents (delta x, logarithm of decay by token, b, c), and of the state.
 
     Written for all heads of a group at once from the cotangents of the outputs and of
-    the state behind the span (architectures.md 3.3, backward of one block).
+    the state behind the block (architectures.md 3.3, backward of one block); pairs of
+    tokens stand keys first, so that products need no transposed copy of them.
     """
-    x, b, c = _wide(span)
-    decays = _decays(span, a)
-    before, final = _states(x, b, decays, state)
-    after = jnp.concatenate([before[:, 1:], final[:, None]], 1)
+    x, b, c = _wide(block)
+    decays = _decays(block, a)
     late = x * decays.leave[..., None]
     early = dy * decays.enter[..., None]
 
-    reads = _product("brikgh,brikp->brkghp", early, c)
-    behind = []
-    for r in reversed(range(reads.shape[1])):
-        behind.append(dstate)
-        dstate = decays.across[:, r, ..., None, None] * dstate + reads[:, r]
-    behind = jnp.stack(behind[::-1], 1)
+    within = decays.within.swapaxes(-1, -2)
+    pairs = _product("bjkp,bikp->bkji", b, c)[:, :, None]
+    slope = within * _product("bjkgh,bikgh->bkgji", x, dy)
+    shared = jnp.sum(slope, 2)
+    dc = _product("bkji,bjkp->bikp", shared, b)
+    dc += _product("bikgh,bkpgh->bikp", early, state)
+    db = _product("bkji,bikp->bjkp", shared, c)
+    db += _product("bjkgh,bkpgh->bjkp", late, dstate)
+    dx = _product("bkgji,bikgh->bjkgh", within * pairs, dy)
+    left = _product("bjkp,bkpgh->bjkgh", b, dstate)
+    dx += decays.leave[..., None] * left
 
-    pairs = _product("brikp,brjkp->brkij", c, b)[:, :, :, None]
-    slope = decays.within * _product("brikgh,brjkgh->brkgij", dy, x)
-    shared = jnp.sum(slope, 3)
-    dc = _product("brkij,brjkp->brikp", shared, b)
-    dc += _product("brikgh,brkghp->brikp", early, before)
-    db = _product("brkij,brikp->brjkp", shared, c)
-    db += _product("brjkgh,brkghp->brjkp", late, behind)
-    dx = _product("brkgij,brikgh->brjkgh", decays.within * pairs, dy)
-    left = decays.leave[..., None] * _product("brjkp,brkghp->brjkgh", b, behind)
-    dx += left
-
-    # d total: what a token reads, less what it puts in, and what leaves the block.
-    read = jnp.moveaxis(jnp.sum(slope * pairs, -1), -1, 2)
-    read += jnp.sum(early * _product("brikp,brkghp->brikgh", c, before), -1)
-    dtotal = read - jnp.sum(x * dx, -1)
-    dtotal = dtotal.at[:, :, -1].add(jnp.sum(after * behind, (-1, -2)))
-    dlog = jnp.flip(jnp.cumsum(jnp.flip(dtotal, 2), axis=2), 2)
-
-    raw = span.x.astype(x.dtype)
-    ddelta = a * dlog + jnp.sum(raw * dx, -1)
-    parts = (dx * span.delta[..., None], ddelta, db, dc)
-    like = (span.x, span.delta, span.b, span.c)
-    parts = tuple(p.astype(v.dtype) for p, v in zip(parts, like, strict=True))
-    return parts, dstate, jnp.sum(span.delta * dlog, (0, 1, 2))
+    # What each token changes of the flow <state, its cotangent>: reads less inputs.
+    dflow = jnp.moveaxis(jnp.sum(slope * pairs, -2), -1, 1) - jnp.sum(x * dx, -1)
+    dflow += jnp.sum(early * _product("bikp,bkpgh->bikgh", c, state), -1)
+    reads = _product("bikp,bikgh->bkpgh", c, early)
+    dstate = decays.across[:, :, None, :, None] * dstate + reads
+    return (dx, dflow, db, dc), dstate
 
 
 def gated_norm(

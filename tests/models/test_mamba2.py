@@ -73,7 +73,7 @@ def largest(found, expected):
     )
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 10, 256])
+@pytest.mark.parametrize("chunk", [1, 10])
 def test_the_block_form_and_its_gradients_are_those_of_the_recurrence(
     chunk, monkeypatch
 ):
