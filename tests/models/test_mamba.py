@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.test_util import check_grads
 
@@ -255,6 +256,46 @@ def test_loss_and_gradients_are_those_of_transformers(name):
         theirs = want[f"grad {names[path]}"]
         size = np.abs(theirs).max()
         np.testing.assert_allclose(grad, theirs, atol=3e-5 * size, err_msg=path)
+
+
+WORD = 5  # tokens to copy
+
+
+def words(key, rows):
+    """A word, a mark (0), and the word again."""
+    word = jax.random.randint(key, (rows, WORD), 1, 10)
+    return jnp.concatenate([word, jnp.zeros((rows, 1), word.dtype), word], 1)
+
+
+@pytest.mark.slow
+def test_a_trained_model_copies_what_its_state_remembers():
+    norm, spec = NormSpec(1e-5), MambaSpec(inner=64, rank=4, state=16)
+    stack = (Run((LayerSpec(spec, None, norm),), 2),)
+    config = ModelConfig("mamba", 10, 32, stack, 64, norm, residual_float32=True)
+    optimiser = optax.adam(optax.cosine_decay_schedule(1e-2, 300))
+
+    def loss(params, text):
+        hidden, _ = Decoder(config).apply({"params": params}, text[:, :-1])
+        logits = unembed(config, params, hidden)[:, WORD:]
+        target = text[:, 1 + WORD :]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, target).mean()
+
+    @jax.jit
+    def update(params, state, key):
+        grads = jax.grad(loss)(params, words(key, 64))
+        steps, state = optimiser.update(grads, state)
+        return optax.apply_updates(params, steps), state
+
+    params = init(config)
+    state = optimiser.init(params)
+    for i in range(300):
+        params, state = update(params, state, jax.random.key(i))
+    text = np.asarray(words(jax.random.key(999), 32))
+    made = LanguageModel(config, params).generate(text[:, : WORD + 1].tolist(), WORD)
+    right = [
+        m.tokens == row[WORD + 1 :].tolist() for m, row in zip(made, text, strict=True)
+    ]
+    assert np.mean(right) >= 0.9
 
 
 def test_initial_values_are_those_of_the_paper():
