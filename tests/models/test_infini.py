@@ -159,8 +159,9 @@ def test_the_delta_rule_gives_the_golden_vectors():
     np.testing.assert_allclose(norm, [7.20649083, 6.65874392], atol=1e-8)
 
 
-@pytest.mark.parametrize("bypass", [True, False])
-@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize(
+    "rule, bypass", [("linear", True), ("delta", True), ("delta", False)]
+)
 def test_outputs_and_gradients_are_those_of_a_token_by_token_reference(rule, bypass):
     spec = dataclasses.replace(SPEC, rule=rule, bypass=bypass, bounded=bypass)
     positions = np.array([PACKED, HOLES])
@@ -209,6 +210,7 @@ def test_padding_and_empty_calls_leave_every_leaf_of_the_state_alone():
         same(after, before, 0)
 
 
+@pytest.mark.slow
 def test_gradients_pass_through_the_state():
     with jax.enable_x64(True):
         x, positions = inputs(2, 14), jnp.asarray(np.tile(np.arange(14), (2, 1)))
@@ -291,7 +293,7 @@ def test_the_delta_rule_writes_nothing_where_memory_already_answers():
     np.testing.assert_allclose(state.memory, once, atol=1e-6)
 
 
-def config(layers: int = 2, **spec) -> ModelConfig:
+def config(layers: int = 1, **spec) -> ModelConfig:
     """A tiny model of Infini layers."""
     mixer = dataclasses.replace(ROPE, **spec)
     layer = LayerSpec(mixer, MlpSpec(48))
@@ -309,7 +311,7 @@ def test_a_model_reads_in_chunks_of_any_size_what_it_reads_at_once(spec):
     lm, text = model(**spec), tokens(2, 37)
     logp = jax.nn.log_softmax(lm.logits(text)[:, :-1])
     want = -np.take_along_axis(np.asarray(logp), text[:, 1:, None], 2)[..., 0]
-    for chunk in (1, 16, 64):
+    for chunk in (1, 16):
         nll = lm.nll(text, cache="full", chunk=chunk)
         np.testing.assert_allclose(nll, want, rtol=2e-5, atol=2e-5)
 
@@ -330,7 +332,7 @@ def test_state_bytes_do_not_grow_with_the_text():
 
 
 def test_parameters_are_those_of_attention_and_one_gate_a_head():
-    shapes = param_shapes(config())
+    shapes = param_shapes(config(layers=2))
     assert shapes["layers_0/infini/gate"] == (4,)
     assert shapes["layers_1/infini/k/weight"] == (16, 32)
     assert [p for p in shapes if is_gate(p)] == [
