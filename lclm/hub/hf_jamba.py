@@ -290,8 +290,10 @@ def _rule(places: list[bool], usual: tuple[int, int]) -> tuple[int, int]:
     depth = len(places)
     if every(depth, *usual, what="") == tuple(places):
         return usual
-    found = [i for i, here in enumerate(places) if here] or [depth]
-    period = found[1] - found[0] if len(found) > 1 else depth + 1
+    found = [i for i, here in enumerate(places) if here]
+    if not found:
+        return depth + 1, depth
+    period = found[1] - found[0] if len(found) > 1 else depth
     return period, found[0] % period
 
 
