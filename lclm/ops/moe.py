@@ -22,6 +22,7 @@ from jax import lax
 from lclm.errors import LclmError
 from lclm.ops.linear import linear
 from lclm.ops.packed import dequantize
+from lclm.ops.precision import wide_dtype
 from lclm.typing import Array, Bool, Float, Int, Leaf
 
 LARGEST_BLOCK = 128
@@ -55,8 +56,8 @@ def route(x: Float[Array, "T D"], router: Any, *, top: int, renormalise: bool) -
 
     `renormalise` makes the chosen weights sum to 1 (Mixtral); Jamba keeps them raw.
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    probabilities = jax.nn.softmax(linear(x.astype(wide), router), axis=-1)
+    logits = linear(x.astype(wide_dtype(x)), router)
+    probabilities = jax.nn.softmax(logits, axis=-1)
     weights, choice = lax.top_k(probabilities, top)
     if renormalise:
         weights = weights / weights.sum(-1, keepdims=True)
@@ -150,9 +151,7 @@ def _by_blocks(x: Array, to: Route, experts: Experts, *, act: Act) -> Array:
     top = to.choice.shape[1]
     blocks, shape = _blocks(to.choice.reshape(-1), experts.gate.shape[0])
     rows = _scatter(x, blocks, top).reshape(*shape, x.shape[1])
-    gate = _block_product(rows, experts.gate, blocks)
-    hidden = act(gate) * _block_product(rows, experts.up, blocks)
-    out = _block_product(hidden, experts.down, blocks)
+    out = _feed_forward(rows, experts, blocks, act)
     return _combine(_gather(out.reshape(math.prod(shape), -1), blocks), to)
 
 
@@ -186,49 +185,58 @@ def _rows_or_zero(x: Array, index: Array) -> Array:
     return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
 
 
-@jax.custom_vjp
-def _block_product(x: Array, weight: Any, blocks: _Blocks) -> Array:
-    """x_b W_e^T for every block b [m, I] in use and its owner e; the rest stay zero."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _feed_forward(x: Array, experts: Experts, blocks: _Blocks, act: Act) -> Array:
+    """Each block in use [m, D] through its owner; the rest stay zero."""
 
     def body(i: Array, y: Array) -> Array:
-        return y.at[i].set(linear(x[i], _matrix(weight, blocks.owner[i])))
+        return y.at[i].set(_one(x[i], _owner(experts, blocks.owner[i]), act))
 
-    shape = (*x.shape[:2], weight.shape[1])
-    return lax.fori_loop(0, blocks.count, body, jnp.zeros(shape, x.dtype))
+    return lax.fori_loop(0, blocks.count, body, jnp.zeros_like(x))
 
 
-def _block_product_bwd(kept: tuple[Array, Array, _Blocks], g: Array):
-    x, weight, blocks = kept
-    wide = jnp.promote_types(weight.dtype, jnp.float32)
+def _feed_forward_bwd(act: Act, kept: tuple[Array, Experts, _Blocks], g: Array):
+    """Hidden units are computed again block by block, so none are kept."""
+    x, experts, blocks = kept
 
-    def body(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-        dx, dw = sums
+    def body(i: Array, sums: tuple[Array, Experts]) -> tuple[Array, Experts]:
+        dx, stacks = sums
         owner = blocks.owner[i]
-        dx = dx.at[i].set(linear(g[i], _matrix(weight, owner).T))
-        one = lax.dot_general(
-            g[i], x[i], (((0,), (0,)), ((), ())), preferred_element_type=wide
+        _, back = jax.vjp(
+            functools.partial(_one, act=act), x[i], _owner(experts, owner)
         )
-        return dx, dw.at[owner].add(one)
+        rows, parts = back(g[i])
+        add = functools.partial(_add_to, owner)
+        return dx.at[i].set(rows), jax.tree.map(add, stacks, parts)
 
-    start = jnp.zeros_like(x), jnp.zeros(weight.shape, wide)
-    dx, dw = lax.fori_loop(0, blocks.count, body, start)
-    return dx, dw.astype(weight.dtype), None
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, wide_dtype(w)), experts)
+    dx, sums = lax.fori_loop(0, blocks.count, body, (jnp.zeros_like(x), zeros))
+    return dx, jax.tree.map(lambda s, w: s.astype(w.dtype), sums, experts), None
 
 
-_block_product.defvjp(
-    lambda x, weight, blocks: (
-        _block_product(x, weight, blocks),
-        (x, weight, blocks),
+_feed_forward.defvjp(
+    lambda x, experts, blocks, act: (
+        _feed_forward(x, experts, blocks, act),
+        (x, experts, blocks),
     ),
-    _block_product_bwd,
+    _feed_forward_bwd,
 )
 
 
-def _matrix(stack: Any, index: Array) -> Any:
-    """One [O, I] matrix of a stack, packed ones included."""
+def _one(x: Float[Array, "M D"], expert: Experts, act: Act) -> Float[Array, "M D"]:
+    hidden = act(linear(x, expert.gate)) * linear(x, expert.up)
+    return linear(hidden, expert.down)
+
+
+def _owner(experts: Experts, index: Array) -> Experts:
+    """The matrices of one expert, packed ones included."""
     return jax.tree.map(
-        lambda part: lax.dynamic_index_in_dim(part, index, 0, False), stack
+        lambda part: lax.dynamic_index_in_dim(part, index, 0, False), experts
     )
+
+
+def _add_to(index: Array, total: Array, part: Array) -> Array:
+    return total.at[index].add(part.astype(total.dtype))
 
 
 def aux_loss(
