@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lclm.blocks.mamba2 import Mamba2
@@ -10,7 +11,7 @@ from lclm.cache.step import make_step
 from lclm.config import LayerSpec, ModelConfig, NormSpec, Run
 from lclm.errors import LclmError
 from lclm.language_model import LanguageModel
-from lclm.models.decoder import init_params
+from lclm.models.decoder import Decoder, init_params, unembed
 from lclm.ops.ssd import gated_norm, ssd
 from lclm.specs import Mamba2Spec
 from tests.tiny import lively
@@ -169,7 +170,7 @@ def test_long_decays_neither_overflow_nor_lose_their_gradient():
     assert all(np.isfinite(leaf).all() for leaf in slopes)
 
 
-# The whole mixer, and models of two of them.
+# Models of two mixers; the laws of every mixer are in tests/contracts.
 SPEC = Mamba2Spec(heads=4, head_dim=4, state=4, groups=2, conv=3, chunk=4)
 WIDTH = 8
 CONFIG = ModelConfig(
@@ -181,90 +182,6 @@ CONFIG = ModelConfig(
     NormSpec(),
     residual_float32=True,
 )
-MIXER = Mamba2(SPEC, WIDTH)
-
-
-def mixer_params(dtype=jnp.float32):
-    x = jnp.zeros((1, 2, WIDTH))
-    step = make_step(CONFIG, jnp.arange(2)[None])
-    params = lively(MIXER.init(jax.random.key(0), x, step)["params"])
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-
-
-@jax.jit
-def mix(params, x, positions, state):
-    return MIXER.apply({"params": params}, x, make_step(CONFIG, positions), state)
-
-
-def empty(rows=1, dtype=jnp.float64):
-    return Mamba2.init_state(SPEC, WIDTH, rows, dtype)
-
-
-def inputs(*shape):
-    return jnp.asarray(np.random.default_rng(1).standard_normal((*shape, WIDTH)))
-
-
-def test_calls_of_any_size_are_one_call():
-    with jax.enable_x64(True):
-        params, x = mixer_params(jnp.float64), inputs(2, 13)
-        at = jnp.broadcast_to(jnp.arange(13), (2, 13))
-        whole, final = mix(params, x, at, empty(2))
-        assert largest(mix(params, x, at, None)[0], whole) < 1e-12
-        for cuts in ((1, 2, 12), (5,), tuple(range(1, 13))):
-            state, parts = empty(2), []
-            for low, high in zip((0, *cuts), (*cuts, 13), strict=True):
-                y, state = mix(params, x[:, low:high], at[:, low:high], state)
-                parts.append(y)
-            assert largest(jnp.concatenate(parts, 1), whole) < 1e-12
-            assert largest(state, final) < 1e-12
-
-
-def test_padding_on_any_side_holds_every_state():
-    with jax.enable_x64(True):
-        params, x = mixer_params(jnp.float64), inputs(1, 9)
-        whole, final = mix(params, x[:, :5], jnp.arange(5)[None], empty())
-        for slots in ([0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [1, 2, 5, 7, 8]):
-            at = jnp.full((1, 9), -1).at[0, jnp.array(slots)].set(jnp.arange(5))
-            placed = inputs(1, 9).at[0, jnp.array(slots)].set(x[0, :5])
-            y, state = mix(params, placed, at, empty())
-            assert largest(y[:, jnp.array(slots)], whole) < 1e-12
-            assert largest(state, final) < 1e-12
-        _, same = mix(params, x, jnp.full((1, 9), -1), final)
-        assert largest(same, final) == 0
-
-
-def test_packed_documents_are_separate_documents_with_their_gradients():
-    lengths = (3, 1, 6)
-    with jax.enable_x64(True):
-        params, x = mixer_params(jnp.float64), inputs(1, 10)
-        weights = inputs(1, 10)
-        at = jnp.concatenate([jnp.arange(n) for n in lengths])[None]
-
-        def packed(params):
-            return jnp.sum(mix(params, x, at, None)[0] * weights)
-
-        def separate(params):
-            total, low = 0.0, 0
-            for n in lengths:
-                here = slice(low, low + n)
-                y, _ = mix(params, x[:, here], at[:, here], None)
-                total += jnp.sum(y * weights[:, here])
-                low += n
-            return total
-
-        value, slope = jax.value_and_grad(packed)(params)
-        expected, slopes = jax.value_and_grad(separate)(params)
-        assert abs(value - expected) < 1e-12 * abs(expected)
-        assert largest(slope, slopes) < 1e-11
-
-
-def test_a_token_changes_nothing_before_it_and_no_other_row():
-    params, x = mixer_params(), inputs(2, 13).astype(jnp.float32)
-    at = jnp.broadcast_to(jnp.arange(13), (2, 13))
-    before, _ = mix(params, x, at, None)
-    after, _ = mix(params, x.at[0, 6].add(1.0), at, None)
-    changed = np.abs(after - before).max(-1) > 1e-6
-    assert not changed[0, :6].any() and changed[0, 6:].all() and not changed[1].any()
 
 
 def test_the_gate_comes_before_the_norm_of_each_group():
@@ -295,6 +212,34 @@ def test_generation_is_greedy_dense_decoding_whatever_the_prefill_chunk(lm):
     ragged = lm.generate([prompt[:3], prompt], 6)
     assert ragged[1].tokens == expected
     assert ragged[0].tokens == lm.generate(prompt[:3], 6).tokens
+
+
+def test_training_lowers_the_loss_on_a_text_that_repeats():
+    text = jnp.tile(jnp.arange(3, 10), (2, 4))
+    params = init_params(CONFIG, jax.random.key(1))
+    rule = optax.adam(0.02)
+
+    def loss(params):
+        hidden, _ = Decoder(CONFIG).apply({"params": params}, text[:, :-1])
+        logits = unembed(CONFIG, params, hidden)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:])
+        return jnp.mean(losses)
+
+    @jax.jit
+    def train(params):
+        def step(carry, _):
+            params, state = carry
+            value, slope = jax.value_and_grad(loss)(params)
+            change, state = rule.update(slope, state)
+            return (optax.apply_updates(params, change), state), value
+
+        return jax.lax.scan(step, (params, rule.init(params)), length=60)
+
+    (params, _), values = train(params)
+    assert values[-1] < 0.3 < 3 < values[0]
+    prompt = [3, 4, 5, 6, 7, 8, 9, 3, 4]
+    out = LanguageModel(CONFIG, params).generate(prompt, 5, chunk=4).tokens
+    assert out == [5, 6, 7, 8, 9]
 
 
 def test_bytes_do_not_grow_with_the_text(lm):
