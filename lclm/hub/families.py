@@ -69,7 +69,10 @@ HF = Table(
 )
 GGUF = Table(
     "GGUF architecture",
-    {"mamba": Entry("lclm.hub.gguf_mamba:FAMILY", "Mamba-1")},
+    {
+        "mamba": Entry("lclm.hub.gguf_mamba:FAMILY", "Mamba-1"),
+        "jamba": Entry("lclm.hub.gguf_jamba:FAMILY", "attention, Mamba and experts"),
+    },
 )
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,13 +13,15 @@ from safetensors.numpy import load_file, save_file
 import lclm
 from lclm import hub
 from lclm.errors import LclmError
+from lclm.hub.bundle import flatten
 from lclm.hub.hf_config import config_from_hf, config_to_hf
 from lclm.hub.hf_folder import load_hf, save_hf
+from lclm.hub.names import gguf_names
 from lclm.models.decoder import Decoder, unembed
 from lclm.ops import moe
 from lclm.specs import AttentionSpec, MambaSpec, MlpSpec, MoeSpec
 
-NAMES = [n for n in ("jamba", "mixtral") if (GOLDEN / n).is_dir()]
+NAMES = ("jamba", "mixtral")
 EXPERT = {
     "jamba": "model.layers.1.feed_forward.experts.{}.down_proj.weight",
     "mixtral": "model.layers.1.block_sparse_moe.experts.{}.w2.weight",
@@ -197,3 +200,56 @@ def test_a_mixtral_config_survives_writing():
     assert config_from_hf(config_to_hf(config)) == config
     with pytest.raises(LclmError, match="router_jitter_noise"):
         config_from_hf(published | {"router_jitter_noise": 0.1})
+
+
+def write_gguf(path, bundle, kv_heads):
+    """The model as llama.cpp's converter stores it."""
+    config, names = bundle.config, gguf_names(bundle.config)
+    mamba, experts = config.layers[0].mixer, config.layers[1].mlp
+    writer = gguf.GGUFWriter(path, "jamba")
+    writer.add_block_count(len(config.layers))
+    writer.add_context_length(config.context)
+    writer.add_embedding_length(config.width)
+    writer.add_feed_forward_length(experts.width)
+    writer.add_head_count(config.layers[2].mixer.heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm.eps)
+    writer.add_ssm_conv_kernel(mamba.conv)
+    writer.add_ssm_inner_size(mamba.inner)
+    writer.add_ssm_state_size(mamba.state)
+    writer.add_ssm_time_step_rank(mamba.rank)
+    writer.add_expert_count(experts.experts)
+    writer.add_expert_used_count(experts.top)
+    for key, value in flatten(bundle.params).items():
+        value = np.asarray(value)
+        if key.endswith("a_log"):
+            value = -np.exp(value)
+        writer.add_tensor(names[key], value.squeeze())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_gives_the_weights_of_hugging_face(tmp_path):
+    bundle, path = hub.load(GOLDEN / "jamba"), tmp_path / "m.gguf"
+    write_gguf(path, bundle, [0, 0, 2, 0])
+    read = hub.load(path)
+    assert read.config.layers == bundle.config.layers
+    want = flatten(bundle.params)
+    assert flatten(read.params).keys() == want.keys()
+    for key, value in flatten(read.params).items():
+        limit = 1e-6 if key.endswith("a_log") else 0
+        np.testing.assert_allclose(value, want[key], atol=limit)
+    known = set(gguf.TENSOR_NAMES.values())
+    for name in gguf_names(bundle.config).values():
+        block = name.removesuffix(".weight").removesuffix(".bias").split(".")
+        whole = "blk.{bid}." + block[-1] if block[0] == "blk" else block[-1]
+        assert whole in known
+
+
+def test_a_gguf_file_must_say_which_layers_attend(tmp_path):
+    bundle, path = hub.load(GOLDEN / "jamba"), tmp_path / "m.gguf"
+    write_gguf(path, bundle, [0, 0, 2])
+    with pytest.raises(LclmError, match="one number for each of its 4 layers"):
+        hub.load(path)
