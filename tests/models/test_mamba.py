@@ -214,6 +214,14 @@ def test_state_bytes_do_not_grow_with_the_text():
     assert lm.cache_bytes("full", 1_000, batch=3) == 3 * 2 * per_layer
 
 
+def test_a_saved_context_continues_as_the_one_it_was(tmp_path):
+    lm = tiny()
+    context = lm.prefill(tokens(1, 9)[0], chunk=8)
+    context.save(tmp_path / "c.safetensors")
+    again = lm.load_context(tmp_path / "c.safetensors").generate([3, 4], 6)
+    assert again.tokens == context.generate([3, 4], 6).tokens
+
+
 def test_stacked_layers_are_the_same_model():
     lm, text = tiny(), jnp.asarray(tokens(1, 12))
     stacked = stack_params(lm.config, lm.params)
