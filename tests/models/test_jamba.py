@@ -28,8 +28,8 @@ MLPS = (MlpSpec(24), MoeSpec(24, 4))
 PERIODS = {"attention_every": (4, 2), "experts_every": (2, 1)}
 
 
-def tiny_jamba(depth: int = 4) -> ModelConfig:
-    stack = jamba_stack(depth, MIXERS, MLPS, **PERIODS)
+def tiny_jamba(depth: int = 4, **periods) -> ModelConfig:
+    stack = jamba_stack(depth, MIXERS, MLPS, **PERIODS | periods)
     return ModelConfig("jamba", VOCAB, 16, stack, 64, tied=False)
 
 
@@ -39,14 +39,12 @@ def tiny_lm() -> LanguageModel:
     return LanguageModel(config, lively(init_params(config, jax.random.key(0))))
 
 
-@functools.cache
-def program(scan: bool = False, depth: int = 4):
+def program(config: ModelConfig, *, scan: bool = False):
     """(hidden states, router collection) of a batch, compiled."""
-    model = Decoder(tiny_jamba(depth), scan=scan)
 
     @jax.jit
     def run(params, text, segments):
-        (hidden, _), out = model.apply(
+        (hidden, _), out = Decoder(config, scan=scan).apply(
             {"params": params}, text, segments=segments, mutable=["router"]
         )
         return hidden, out["router"]
@@ -60,13 +58,15 @@ def close(found, expected, relative: float = 2e-5):
 
 
 def test_a_scan_over_periods_equals_the_unrolled_model_and_its_routers():
-    config = tiny_jamba(8)
+    config = tiny_jamba(4, attention_every=(2, 1))
     assert len(config.stack) == 1 and config.stack[0].repeats == 2
     params = lively(init_params(config, jax.random.key(1)), 0.1)
     text = jnp.asarray(tokens(2, 11))
     segments = jnp.ones_like(text).at[1, 7:].set(0)
-    hidden, router = program(False, 8)(params, text, segments)
-    scanned, stacked = program(True, 8)(stack_params(config, params), text, segments)
+    hidden, router = program(config)(params, text, segments)
+    scanned, stacked = program(config, scan=True)(
+        stack_params(config, params), text, segments
+    )
     valid = segments > 0
     close(
         jnp.where(valid[..., None], scanned, 0), jnp.where(valid[..., None], hidden, 0)
@@ -94,7 +94,7 @@ def test_packed_documents_compute_what_they_do_alone_gradients_too():
         for t, n in zip(text, sizes, strict=True)
     ]
     masks = [jnp.asarray((np.arange(12) < n).astype(np.int32)[None]) for n in sizes]
-    run = program()
+    run = program(config)
     whole, _ = run(params, packed, ids)
     parts = [
         run(params, t, m)[0][0, :n] for t, m, n in zip(alone, masks, sizes, strict=True)
@@ -105,7 +105,7 @@ def test_packed_documents_compute_what_they_do_alone_gradients_too():
     jax.tree.map(lambda a, b, c: close(a, b + c, 5e-5), one, *two)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 32])
+@pytest.mark.parametrize("chunk", [1, 5])
 def test_losses_read_in_chunks_are_those_of_one_shot(chunk):
     lm, text = tiny_lm(), tokens(2, 23)
     np.testing.assert_allclose(
@@ -149,7 +149,7 @@ def test_jamba_and_its_balance_train_on_a_repeated_text():
     assert 1.9 < float(balance) < 4
 
 
-def test_jamba_at_256k_holds_four_gibibytes_of_keys_and_16_bits_of_context():
+def test_jamba_at_256k_holds_four_gibibytes_of_keys_and_values():
     config, gib = preset("jamba-v0.1"), 2**30
     length = 262144
     total = state_bytes(config, make("full"), 1, length, jnp.bfloat16)
