@@ -19,7 +19,7 @@ from jax import lax
 from lclm.ops.branch import choose
 from lclm.typing import Array, Bool, Float, Int
 
-BLOCK = 64
+BLOCK = 32
 SHORT = 32  # calls of up to this many tokens run token by token
 SPARE = 4  # packed rows may need this many blocks more than a plain one, and a quarter
 HIGHEST = lax.Precision.HIGHEST

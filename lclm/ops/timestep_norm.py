@@ -6,7 +6,7 @@ kept in two levels: `open` holds the tokens of the document's last, unfinished 2
 themselves, where a running merge token by token errs by 5e-5.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class NormState(NamedTuple):
     open: Moments
 
 
-def none_seen(batch: int, groups: int, dtype: jnp.dtype = jnp.float32) -> NormState:
+def none_seen(batch: int, groups: int, dtype: Any = jnp.float32) -> NormState:
     """The state before the first token."""
 
     def moments() -> Moments:
@@ -126,7 +126,7 @@ def _advance(state: NormState, token: Moments) -> NormState:
     return NormState(closed, none_seen(len(full), *_like(more)).open.where(full, more))
 
 
-def _like(moments: Moments) -> tuple[int, jnp.dtype]:
+def _like(moments: Moments) -> tuple[int, Any]:
     return moments.mean.shape[-1], moments.mean.dtype
 
 
