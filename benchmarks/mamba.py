@@ -34,11 +34,15 @@ def ours(settings: dict[str, Any]) -> Peer:
     from lclm.language_model import LanguageModel
     from lclm.models.decoder import init_params
     from lclm.models.presets import preset
+    from lclm.ops.int8 import quantize_params
 
     config = preset("mamba-130m")
     stack = (Run(config.stack[0].group, settings["depth"]),)
     config = dataclasses.replace(config, stack=stack, eos=())
-    lm = LanguageModel(config, init_params(config, jax.random.key(0)))
+    params = init_params(config, jax.random.key(0))
+    if settings["quantize"]:
+        params = quantize_params(params, settings["quantize"])
+    lm = LanguageModel(config, params)
 
     def measure(request: dict[str, Any]) -> dict[str, Any]:
         rows = prompts(config.vocab, request["length"], 1)
@@ -64,7 +68,7 @@ def start(args: argparse.Namespace) -> list[Worker]:
     torch = [str(args.peer_python), str(HERE / "peers" / "mamba_torch_peer.py")]
     mine = [sys.executable, "-m", "benchmarks.mamba", "--serve"]
     workers = [
-        Worker("lclm", mine, room | {"depth": args.depth}),
+        Worker("lclm", mine, room | {"depth": args.depth, "quantize": args.quantize}),
         Worker("PyTorch", torch, room | {"model": model}),
     ]
     for worker in workers:
@@ -103,6 +107,7 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--quantize", help="int8: our weights as int8 rows")
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()
     if args.serve:
@@ -123,6 +128,7 @@ def main() -> int:
         "date": datetime.date.today().isoformat(),
         "threads": args.threads,
         "layers": args.depth,
+        "ours": args.quantize or "float32",
         "bars": {"prefill": 10, "decode": 2},
         "results": results,
     }
