@@ -37,11 +37,13 @@ lint: $(VENV)/.requirements  ## ruff: rules and format
 bench: install $(ORACLES)/.llamacpp  ## side by side with PyTorch and llama.cpp
 	$(PY) -m benchmarks.compare --peer-python=$(ORACLE_PY) $(BENCH_ARGS)
 
-oracles: install $(ORACLES)/.requirements  ## regenerate the goldens and compare
-	$(ORACLE_PY) tests/oracles/make_goldens.py --check
+oracles: install $(ORACLES)/.requirements $(ORACLES)-megalodon/.requirements  ## regenerate the goldens and compare
+	set -e; for family in make_goldens mamba mamba2 jamba; do \
+	    $(ORACLE_PY) tests/oracles/$$family.py --check; done
+	$(ORACLES)-megalodon/bin/python tests/oracles/megalodon.py --check
 
 clean:  ## remove the environments (runs and the model cache stay)
-	rm -rf $(VENV) $(ORACLES)
+	rm -rf $(VENV) $(ORACLES) $(ORACLES)-megalodon
 
 $(VENV)/.requirements: requirements.txt
 	python=$${PYTHON:-$$(tools/python.sh 3.12)} && "$$python" -m venv $(VENV)
@@ -55,6 +57,11 @@ $(VENV)/.package: $(VENV)/.requirements pyproject.toml
 $(ORACLES)/.requirements: requirements-oracles.txt
 	python=$$(tools/python.sh 3.11 exact) && "$$python" -m venv $(ORACLES)
 	$(ORACLE_PY) $(PIP) -r requirements-oracles.txt
+	touch $@
+
+$(ORACLES)-megalodon/.requirements: requirements-megalodon.txt
+	python=$$(tools/python.sh 3.11 exact) && "$$python" -m venv $(ORACLES)-megalodon
+	$(ORACLES)-megalodon/bin/python $(PIP) -r $<
 	touch $@
 
 $(ORACLES)/.llamacpp: $(ORACLES)/.requirements benchmarks/peers/build_llamacpp.sh
