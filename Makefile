@@ -60,7 +60,7 @@ $(ORACLES)/.requirements: requirements-oracles.txt
 	touch $@
 
 $(ORACLES)-megalodon/.requirements: requirements-megalodon.txt
-	python=$$(tools/python.sh 3.11 exact) && "$$python" -m venv $(ORACLES)-megalodon
+	python=$$(tools/python.sh 3.12) && "$$python" -m venv $(ORACLES)-megalodon
 	$(ORACLES)-megalodon/bin/python $(PIP) -r $<
 	touch $@
 

@@ -74,6 +74,6 @@ def check_shapes(
         )
 
 
-def _some(names: list[str], most: int = 6) -> str:
+def _some(names: list[str], most: int = 1000) -> str:
     tail = f", and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + tail

@@ -20,6 +20,8 @@ DIGIT = 128  # base of the two digits of an activation
 LARGEST = 127
 FORMS = ("int8",)
 MATRICES = ("weight", "table")
+STACKS = "experts"  # their matrices are stacked: [experts, out, in]
+EXACT = "router"  # small, and a wrong choice costs more than a wrong digit
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +70,7 @@ def quantize(weight: np.ndarray | Array) -> Int8Weight:
     """Round each row to 127 steps either side of zero of its largest value."""
     wide = np.asarray(weight, np.float32)
     scale = np.abs(wide).max(-1) / LARGEST
-    steps = wide / np.where(scale > 0, scale, 1)[:, None]
+    steps = wide / np.where(scale > 0, scale, 1)[..., None]
     return Int8Weight(jnp.asarray(np.rint(steps).astype(np.int8)), jnp.asarray(scale))
 
 
@@ -83,7 +85,11 @@ def quantize_params(params: Params, form: str) -> Params:
     out = {}
     for name in list(params):
         leaf = params.pop(name)
-        if isinstance(leaf, dict):
+        if name == EXACT:
+            out[name] = leaf
+        elif name == STACKS:
+            out[name] = {k: quantize(leaf.pop(k)) for k in list(leaf)}
+        elif isinstance(leaf, dict):
             out[name] = quantize_params(leaf, form)
         elif name in MATRICES and leaf.ndim == 2:
             out[name] = quantize(leaf)

@@ -77,7 +77,7 @@ class PackedWeight:
 
 def dequantize(weight, dtype=jnp.float32):
     """A dense matrix from a packed one; a dense one is only cast."""
-    if isinstance(weight, PackedWeight):
+    if hasattr(weight, "dequantize"):
         return weight.dequantize(dtype)
     return jnp.asarray(weight, dtype)
 

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 
 import lclm
+from lclm.config import AttentionSpec, LayerSpec, ModelConfig, Run
 from lclm.errors import LclmError
 from lclm.language_model import LanguageModel
+from lclm.models.decoder import init_params
 from lclm.ops.int8 import Int8Weight, quantize, quantize_params
 from lclm.ops.linear import linear
 from lclm.ops.loss import token_nll
 from lclm.ops.packed import PackedWeight, dequantize, pack_blocks
-from tests.tiny import tiny_lm, tokens
+from lclm.specs import MoeSpec
+from tests.tiny import lively, tiny_lm, tokens
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,20 @@ def test_a_model_of_int8_rows_is_the_model_of_the_rounded_weights():
     np.testing.assert_allclose(got, want, atol=5e-3)
     assert isinstance(small["layers_0"]["mlp"]["down"]["weight"], Int8Weight)
     assert small["layers_0"]["norm1"]["scale"].dtype == np.float32
+
+
+def test_expert_stacks_are_rounded_and_routers_are_not():
+    layer = LayerSpec(AttentionSpec(4, 2, 8), MoeSpec(24, 4))
+    config = ModelConfig("test", 97, 32, (Run((layer,), 1),), 64)
+    params = lively(init_params(config, jax.random.key(0)), 0.1)
+    small = quantize_params(jax.tree.map(np.asarray, params), "int8")
+    mlp = small["layers_0"]["mlp"]
+    assert mlp["experts"]["down"].shape == (4, 32, 24)
+    assert not isinstance(mlp["router"]["weight"], Int8Weight)
+    dense = jax.tree.map(dequantize, small, is_leaf=lambda w: isinstance(w, Int8Weight))
+    text = tokens(1, 12)
+    want = LanguageModel(config, dense).nll(text)
+    np.testing.assert_allclose(LanguageModel(config, small).nll(text), want, atol=5e-3)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
