@@ -21,7 +21,7 @@ from lclm.typing import Array, Bool, Float, Int
 
 BLOCK = 32
 SHORT = 32  # calls of up to this many tokens run token by token
-SPARE = 4  # packed rows may need this many blocks more than a plain one, and a quarter
+SPARE = 2  # packed rows may need this many blocks more than a plain one, and an eighth
 HIGHEST = lax.Precision.HIGHEST
 
 
@@ -91,7 +91,7 @@ def _cema(x, c, state, positions):
         return _sequential(T, (x, c, state), (valid, positions == 0))
     block = min(BLOCK, 1 << (T - 1).bit_length())
     count = -(-T // block)
-    packed = count + count // 4 + SPARE
+    packed = count + count // 8 + SPARE
     plan = lay_out(positions, block, packed)
     late = plan.resets & (jnp.arange(T) > 0)
     gaps = valid[:, 1:] & ~valid[:, :-1]
