@@ -28,7 +28,7 @@ PEER_VERSIONS = ("torch", "transformers", "llama_cpp_python")
 
 
 # llama-cpp-python evaluates one sequence at a time.
-BATCHED = ("lclm fp32", "lclm bf16", "PyTorch fp32", "PyTorch bf16")
+BATCHED = ("lclm fp32", "lclm bf16", "lclm int8", "PyTorch fp32", "PyTorch bf16")
 STREAMING = "streaming:sinks=4,window=1020"
 STREAMING_QUICK = "streaming:sinks=4,window=28"
 
@@ -104,7 +104,7 @@ def cases(quick: bool) -> list[Case]:
     found += [Case("decode", n, new=64) for n in (512, 4096)]
     found += [Case("decode", n, batch=8, new=32, peers=BATCHED) for n in (512, 4096)]
     found += [
-        Case("decode", 32768, new=64, peers=("lclm bf16",), cache=cache, rounds=5)
+        Case("decode", 32768, new=64, peers=("lclm int8",), cache=cache, rounds=5)
         for cache in ("full", STREAMING)
     ]
     return found
@@ -119,6 +119,7 @@ def start(args: argparse.Namespace) -> list[Worker]:
     wanted = {
         "lclm fp32": (ours, {"dtype": "float32"}),
         "lclm bf16": (ours, {"dtype": "bfloat16"}),
+        "lclm int8": (ours, {"dtype": "bfloat16", "quantize": "int8"}),
         "PyTorch fp32": (torch, {"dtype": "float32"}),
         "PyTorch bf16": (torch, {"dtype": "bfloat16"}),
         "llama.cpp": (llama, {}),
@@ -226,7 +227,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--room", type=int, default=4096 + 256)
     parser.add_argument("--only", action="append", help="peer by name; repeatable")
-    parser.add_argument("--cases", help="only those whose title holds this word")
+    parser.add_argument("--cases", action="append", help="words of a title; repeatable")
     parser.add_argument("--pause", type=float, default=0.3, help="between measurements")
     parser.add_argument("--quick", action="store_true", help="prove that it works")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "compare")
@@ -240,7 +241,7 @@ def main() -> None:
     rows = []
     try:
         for case in cases(args.quick):
-            if args.cases and args.cases not in case.title:
+            if args.cases and not any(words in case.title for words in args.cases):
                 continue
             rows.append(measure(case, workers, args.pause))
             rows[-1]["ratios"] = ratios(rows[-1]["results"])
@@ -266,7 +267,8 @@ def command(args: argparse.Namespace) -> str:
     words = ["python -m benchmarks.compare --peer-python=PYTHON3.11"]
     words += [f"--threads={args.threads}", f"--room={args.room}"]
     words += [f"--only={name!r}" for name in args.only or ()]
-    words += ["--quick"] * args.quick + [f"--cases={args.cases!r}"] * bool(args.cases)
+    words += [f"--cases={title!r}" for title in args.cases or ()]
+    words += ["--quick"] * args.quick
     return " ".join(words)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 COLOURS = {
+    "lclm int8": "#0b2540",
     "lclm bf16": "#1f4e79",
     "lclm fp32": "#6fa8dc",
     "PyTorch bf16": "#b45f06",

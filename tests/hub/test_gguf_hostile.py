@@ -110,7 +110,7 @@ def test_a_file_that_is_not_there_names_what_could_be():
 def test_an_unknown_architecture_names_the_known_ones(tmp_path):
     path = tmp_path / "other.gguf"
     write_gguf(path, "mpt")
-    with pytest.raises(LclmError, match=r"architecture 'mpt'.*gemma3, llama"):
+    with pytest.raises(LclmError, match=r"architecture 'mpt'.*gemma3, .*llama"):
         hub.load(path)
 
 

@@ -35,6 +35,7 @@ def golden(request):
         return request.param, lclm.load(GOLDEN / request.param), dict(arrays)
 
 
+@pytest.mark.slow
 def test_loss_gradients_and_load_balance_are_those_of_transformers(golden):
     _, lm, arrays = golden
     text = jnp.asarray(arrays["tokens"])
@@ -65,6 +66,7 @@ def test_loss_gradients_and_load_balance_are_those_of_transformers(golden):
     np.testing.assert_allclose(masked, arrays["aux_masked"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_prompt_read_in_chunks_continues_as_one_shot_says(golden):
     _, lm, arrays = golden
     prompt = arrays["tokens"][0]

@@ -57,6 +57,7 @@ def close(found, expected, relative: float = 2e-5):
     assert float(jnp.abs(found - expected).max()) <= limit
 
 
+@pytest.mark.slow
 def test_a_scan_over_periods_equals_the_unrolled_model_and_its_routers():
     config = tiny_jamba(4, attention_every=(2, 1))
     assert len(config.stack) == 1 and config.stack[0].repeats == 2
@@ -74,6 +75,7 @@ def test_a_scan_over_periods_equals_the_unrolled_model_and_its_routers():
     close(moe.aux_loss(stacked, valid), moe.aux_loss(router, valid))
 
 
+@pytest.mark.slow
 def test_packed_documents_compute_what_they_do_alone_gradients_too():
     config, params = tiny_jamba(), tiny_lm().params
     text = tokens(2, 12, seed=3)
@@ -113,6 +115,7 @@ def test_losses_read_in_chunks_are_those_of_one_shot(chunk):
     )
 
 
+@pytest.mark.slow
 def test_a_ragged_batch_generates_what_each_row_does_alone():
     lm, text = tiny_lm(), tokens(2, 9)
     prompts = [text[0, :9].tolist(), text[1, :4].tolist()]
@@ -121,6 +124,7 @@ def test_a_ragged_batch_generates_what_each_row_does_alone():
         assert row.tokens == lm.generate(prompt, max_new_tokens=5).tokens
 
 
+@pytest.mark.slow
 def test_jamba_and_its_balance_train_on_a_repeated_text():
     config = tiny_jamba()
     params = stack_params(config, init_params(config, jax.random.key(0)))

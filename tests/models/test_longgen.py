@@ -45,6 +45,7 @@ def model(*kinds: str) -> LanguageModel:
     return LanguageModel(made, lively(init_params(made, jax.random.key(0))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [("sink", "full"), ("block", "full")])
 def test_a_cache_gives_the_losses_of_the_dense_pass_at_any_chunk(kinds):
     lm, text = model(*kinds), tokens(2, LENGTH)

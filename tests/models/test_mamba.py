@@ -181,6 +181,7 @@ def init(config):
     return jax.jit(functools.partial(init_params, config))(jax.random.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec, mlp", [(SPEC, None), (JAMBA, MlpSpec(24))])
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_reading_in_chunks_of_any_size_is_the_parallel_pass(spec, mlp, chunk):
@@ -190,6 +191,7 @@ def test_reading_in_chunks_of_any_size_is_the_parallel_pass(spec, mlp, chunk):
     np.testing.assert_allclose(lm.nll(text, chunk=chunk), dense, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_generation_continues_a_ragged_batch_as_each_row_alone():
     lm = tiny()
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (3, 17, 9)]

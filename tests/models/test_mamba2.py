@@ -201,6 +201,7 @@ def lm():
     return LanguageModel(CONFIG, lively(init_params(CONFIG, jax.random.key(0))))
 
 
+@pytest.mark.slow
 def test_generation_is_greedy_dense_decoding_whatever_the_prefill_chunk(lm):
     prompt = list(range(3, 14))
     text = np.array([prompt])

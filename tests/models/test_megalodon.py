@@ -60,6 +60,7 @@ def test_logits_are_those_of_megalodon_jax(name):
     near(jax.jit(logits)(bundle.params, None), stored["logits"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_packed_logits_and_gradients_are_those_of_megalodon_jax(name):
     bundle, stored, logits = golden(name)
@@ -90,6 +91,7 @@ def test_a_folder_survives_saving(name, tmp_path):
     assert from_dict(type(CONFIG), to_dict(CONFIG)) == CONFIG
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 7, 16])
 def test_prefill_in_chunks_of_any_size_predicts_the_same_tokens(chunk):
     lm, text = tiny_lm(), tokens(2, 45)
@@ -98,6 +100,7 @@ def test_prefill_in_chunks_of_any_size_predicts_the_same_tokens(chunk):
     near(lm.nll(text, chunk=chunk), want, 2e-5)
 
 
+@pytest.mark.slow
 def test_generation_continues_as_the_parallel_pass_would():
     lm, text = tiny_lm(), tokens(1, 19)[0].tolist()
     out = list(lm.generate(text, max_new_tokens=12).tokens)
@@ -152,6 +155,7 @@ def heads():
     return tuple(rng.normal(size=(2, T, 2, size)) for size in (4, 4, 6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_token_sees_its_chunk_of_its_document_for_any_split(name, heads):
     positions = TEXTS[name]
@@ -184,6 +188,7 @@ def test_a_state_of_another_batch_is_an_error():
         Megalodon(MIXER, 16).init(jax.random.key(0), x, step, state)
 
 
+@pytest.mark.slow
 def test_a_state_does_not_grow_with_the_text():
     lm = tiny_lm()
     short, long = (lm.prefill(tokens(1, n)).stats for n in (16, 80))

@@ -69,6 +69,7 @@ def test_any_number_of_experts_and_choices(top, experts):
     assert_close(found, value_and_grads(moe.dense, top, True)(*arguments))
 
 
+@pytest.mark.slow
 def test_double_precision_stays_double():
     with jax.enable_x64(True):
         arguments = problem(21, jnp.float64)
@@ -170,6 +171,7 @@ def test_parameters_are_stacked_by_expert():
     assert shapes["layers_0/mlp/experts/down"] == (EXPERTS, 32, 24)
 
 
+@pytest.mark.slow
 def test_a_scan_over_layers_equals_the_unrolled_model_and_its_routers():
     config, params, text = tiny_moe(2), tiny_params(2), tokens(2, 9)
     hidden, router = collect(config, params, text)

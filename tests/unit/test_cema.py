@@ -119,6 +119,7 @@ def test_powers_of_any_count_are_powers():
         close(re + 1j * im, q[:, None] ** jnp.arange(count + 1))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_orders(monkeypatch):
     monkeypatch.setattr(ops, "BLOCK", 32)
     width, order = 16, 16
@@ -200,6 +201,7 @@ def test_the_norm_gives_the_golden_vectors():
     close(seen.var[0], jnp.asarray([1.72878102, 1.83105829]), 1e-8)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_norm_are_those_of_the_token_loop(monkeypatch):
     positions, x = POSITIONS["packed"], 3 + 2 * draw(B, T, D)
     _, state = normed(draw(B, 8, D, seed=5), norms.none_seen(B, G, jnp.float64),
