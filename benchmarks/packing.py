@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.compare import cpu_model
 from lclm.config import AttentionSpec, LayerSpec, ModelConfig, RopeSpec, Run
 from lclm.models.decoder import Decoder, init_params
-from lclm.specs import InfiniSpec, Mamba2Spec, MambaSpec, MegalodonSpec
+from lclm.specs import FfnSpec, InfiniSpec, Mamba2Spec, MambaSpec, MegalodonSpec
 
 RESULTS = Path(__file__).parent / "results"
 ENDS = (0.08, 0.3, 0.42, 0.71, 0.9)  # where documents end, as shares of the row
@@ -40,9 +40,9 @@ def mixers(width: int) -> dict[str, object]:
 
 def slopes(spec: object, width: int):
     """A compiled gradient of one layer: (params, tokens, positions, segments)."""
-    wiring = "twohop" if isinstance(spec, MegalodonSpec) else "prenorm"
-    mlp = mixers_mlp(width) if wiring == "twohop" else None
-    layer = LayerSpec(spec, mlp, wiring=wiring)
+    layer = LayerSpec(spec, None)
+    if isinstance(spec, MegalodonSpec):  # its wiring needs a feed-forward
+        layer = LayerSpec(spec, FfnSpec(width), wiring="twohop")
     config = ModelConfig("bench", 256, width, (Run((layer,), 1),), 4096)
     params = init_params(config, jax.random.key(0))
 
@@ -53,13 +53,6 @@ def slopes(spec: object, width: int):
         return jnp.sum(jnp.sin(hidden))
 
     return params, jax.jit(jax.grad(loss))
-
-
-def mixers_mlp(width: int):
-    """The smallest feed-forward, for a wiring that needs one."""
-    from lclm.specs import FfnSpec
-
-    return FfnSpec(width)
 
 
 def rows(length: int) -> dict[str, tuple]:
