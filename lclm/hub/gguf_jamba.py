@@ -20,7 +20,7 @@ from lclm.hub.families import GgufFamily, layer_names
 from lclm.hub.gguf_file import GgufFile
 from lclm.hub.gguf_import import GgufKeys, special_tokens
 from lclm.models.decoder import param_shapes
-from lclm.specs import MambaSpec, MoeSpec
+from lclm.specs import MoeSpec
 
 LAYER = {
     "norm1/scale": "attn_norm.weight",
@@ -39,16 +39,7 @@ def config(file: GgufFile) -> ModelConfig:
     keys = GgufKeys(file, "jamba")
     depth, width = keys.depth(), keys.whole("embedding_length")
     norm = NormSpec(keys.real("attention.layer_norm_rms_epsilon", 1e-6))
-    mamba = MambaSpec(
-        inner=keys.whole("ssm.inner_size"),
-        rank=keys.whole("ssm.time_step_rank"),
-        state=keys.whole("ssm.state_size"),
-        conv=keys.whole("ssm.conv_kernel"),
-        conv_bias="blk.0.ssm_conv1d.bias" in file.tensors,
-        proj_bias="blk.0.ssm_in.bias" in file.tensors,
-        inner_norms=True,
-        norm_eps=norm.eps,
-    )
+    mamba = gguf_mamba.mixer(keys, inner_norms=True, norm_eps=norm.eps)
     heads, hidden = (
         keys.whole("attention.head_count"),
         keys.whole("feed_forward_length"),

@@ -3,6 +3,8 @@
 Its converter stores A as -exp(A_log) and drops the middle axis of the convolution.
 """
 
+from typing import Any
+
 import numpy as np
 
 from lclm.config import LayerSpec, ModelConfig, NormSpec, Run
@@ -35,18 +37,24 @@ TOP = {
 }
 
 
-def config(file: GgufFile) -> ModelConfig:
-    """The Mamba-1 model that a file's metadata describes."""
-    keys = GgufKeys(file, "mamba")
-    norm = NormSpec(keys.real("attention.layer_norm_rms_epsilon", 1e-5))
-    spec = MambaSpec(
+def mixer(keys: GgufKeys, **more: Any) -> MambaSpec:
+    """The Mamba-1 mixer of a file; `more` are fields its metadata does not name."""
+    return MambaSpec(
         inner=keys.whole("ssm.inner_size"),
         rank=keys.whole("ssm.time_step_rank"),
         state=keys.whole("ssm.state_size"),
         conv=keys.whole("ssm.conv_kernel"),
-        conv_bias="blk.0.ssm_conv1d.bias" in file.tensors,
-        proj_bias="blk.0.ssm_in.bias" in file.tensors,
+        conv_bias="blk.0.ssm_conv1d.bias" in keys.file.tensors,
+        proj_bias="blk.0.ssm_in.bias" in keys.file.tensors,
+        **more,
     )
+
+
+def config(file: GgufFile) -> ModelConfig:
+    """The Mamba-1 model that a file's metadata describes."""
+    keys = GgufKeys(file, "mamba")
+    norm = NormSpec(keys.real("attention.layer_norm_rms_epsilon", 1e-5))
+    spec = mixer(keys)
     bos, eos = special_tokens(file)
     return ModelConfig(
         family="mamba",
