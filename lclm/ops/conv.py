@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lclm.ops.precision import wide_dtype
 from lclm.typing import Array, Float, Int
 
 
@@ -22,7 +23,7 @@ def causal_conv(
     oldest first; the new one comes back where it was given. Products are float32.
     Outputs of padding mean nothing. Inputs only are kept for the backward pass.
     """
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wide_dtype(x)
     batch, _, channels = x.shape
     taps = weight.shape[-1]
     past = state
@@ -71,7 +72,7 @@ _conv.defvjp(_forward, _backward)
 
 def _left(x: Array, weight: Array, state: Array, positions: Array):
     """Rows whose padding is all on the right: taps are plain shifts."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wide_dtype(x)
     taps, tokens = len(weight), x.shape[1]
     weight = weight.astype(dtype)
     row = jnp.concatenate([state.astype(x.dtype), x], 1)

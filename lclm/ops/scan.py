@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lclm.ops.precision import wide_dtype
 from lclm.typing import Array, Float, Int
 
 BLOCK = 64  # tokens between the states that a backward pass starts from
@@ -44,7 +45,7 @@ def selective_scan(
     padding (-1) leaves it alone (its outputs mean nothing). Sums and states are
     float32. Differentiable in everything but positions, both states included.
     """
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wide_dtype(x)
     if state is None:
         state = jnp.zeros((len(x), *a.shape), dtype)
     parts = [p.astype(dtype) for p in (x, raw, a, b, c, state)]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lclm.ops.precision import wide_dtype
 from lclm.typing import Array, Bool, Float, Int
 
 OPEN = 256  # tokens between two merges into the closed level
@@ -82,7 +83,7 @@ def timestep_norm(
     """
     B, T, D = x.shape
     groups = state.open.mean.shape[-1]
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = wide_dtype(x)
     grouped = x.astype(wide).reshape(B, T, groups, -1)
     valid, resets = positions >= 0, positions == 0
     mean = jnp.mean(grouped, -1)
