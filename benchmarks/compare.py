@@ -236,30 +236,29 @@ def main() -> None:
         from lclm import hub
 
         args.gguf = hub.pull("smollm2-135m")
-    about = machine(args)
-    workers = start(args)
-    rows = []
-    try:
-        for case in cases(args.quick):
-            if args.cases and not any(words in case.title for words in args.cases):
-                continue
-            rows.append(measure(case, workers, args.pause))
-            rows[-1]["ratios"] = ratios(rows[-1]["results"])
-            print(json.dumps(rows[-1]["ratios"]), case.title, file=sys.stderr)
-    finally:
-        for worker in workers:
-            worker.close()
     now = datetime.datetime.now(datetime.UTC)
     record = {
         "date": now.date().isoformat(),
         "command": command(args),
         "model": args.gguf.name,
-        **about,
-        "cases": rows,
+        **machine(args),
+        "cases": [],
     }
     from benchmarks.report import write
 
-    write(record, args.out)
+    workers = start(args)
+    try:
+        for case in cases(args.quick):
+            if args.cases and not any(words in case.title for words in args.cases):
+                continue
+            row = measure(case, workers, args.pause)
+            row["ratios"] = ratios(row["results"])
+            print(json.dumps(row["ratios"]), case.title, file=sys.stderr)
+            record["cases"].append(row)
+            write(record, args.out)
+    finally:
+        for worker in workers:
+            worker.close()
 
 
 def command(args: argparse.Namespace) -> str:

@@ -15,11 +15,14 @@ Activations = Float[Array, "B T D"]
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B S K H"]
 Params = dict[str, Any]
+# tokens, targets, positions, segments: int32 [B, T]; weights: float32 [B, T].
+Batch = dict[str, Any]
 Leaf = Any  # an array, or what stands for one while a state tree is mapped over
 
 __all__ = [
     "Activations",
     "Array",
+    "Batch",
     "Bool",
     "Float",
     "Int",

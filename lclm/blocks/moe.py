@@ -11,8 +11,6 @@ from lclm.ops import moe
 from lclm.specs import MoeSpec
 from lclm.typing import Array, Float
 
-COLLECTION = "router"
-
 
 class Router(nn.Module):
     """The score of each expert: a matrix [E, D]."""
@@ -64,8 +62,8 @@ class Moe(nn.Module):
             renormalise=spec.renormalise,
         )
         lead = x.shape[:-1]
-        self.sow(COLLECTION, moe.PROBABILITIES, to.probabilities.reshape(*lead, -1))
-        self.sow(COLLECTION, moe.CHOICE, to.choice.reshape(*lead, -1))
+        self.sow(moe.COLLECTION, moe.PROBABILITIES, to.probabilities.reshape(*lead, -1))
+        self.sow(moe.COLLECTION, moe.CHOICE, to.choice.reshape(*lead, -1))
         act = functools.partial(activate, name=spec.activation)
         experts = Stack(spec, name="experts")(width)
         return moe.grouped(flat, to, experts, act=act).reshape(x.shape)

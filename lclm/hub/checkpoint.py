@@ -10,11 +10,12 @@ from orbax.checkpoint import v1 as ocp
 
 from lclm.config import ModelConfig, from_dict, to_dict
 from lclm.errors import LclmError
-from lclm.hub.bundle import Bundle, check_shapes, flatten, nest
+from lclm.hub.bundle import Bundle, check_shapes
 from lclm.hub.hf_folder import dense, fill
 from lclm.hub.json_file import read_json
 from lclm.hub.names import param_shapes
 from lclm.hub.tokenizer_files import read_tokenizer, write_tokenizer
+from lclm.tree import flatten, nest
 
 CONFIG, PARAMS = "lclm.json", "params"
 FORMAT = 1

@@ -17,13 +17,14 @@ from lclm.config import (
     find_runs,
 )
 from lclm.errors import LclmError, unknown
-from lclm.hub.bundle import Bundle, check_shapes, nest
+from lclm.hub.bundle import Bundle, check_shapes
 from lclm.hub.families import GGUF, GgufFamily
 from lclm.hub.gguf_file import GgufFile
 from lclm.hub.gguf_quants import PACKABLE, pack
 from lclm.hub.gguf_vocab import gguf_tokenizer
 from lclm.hub.names import gguf_names, param_shapes
 from lclm.ops.rope import frequencies
+from lclm.tree import nest
 
 FAMILIES = {
     "llama": "llama",

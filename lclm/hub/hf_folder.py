@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lclm.errors import LclmError
-from lclm.hub.bundle import Bundle, check_shapes, flatten, nest
+from lclm.hub.bundle import Bundle, check_shapes
 from lclm.hub.families import HF, Names
 from lclm.hub.hf_config import config_from_hf, config_to_hf
 from lclm.hub.json_file import read_json
@@ -20,6 +20,7 @@ from lclm.hub.safetensors_io import INDEX, SHARD_BYTES, TensorFolder, write_tens
 from lclm.hub.tokenizer_files import read_tokenizer, write_tokenizer
 from lclm.ops.int8 import Int8Weight
 from lclm.ops.packed import PackedWeight
+from lclm.tree import flatten, nest
 
 CONFIG = "config.json"
 

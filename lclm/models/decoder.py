@@ -12,6 +12,7 @@ from lclm.blocks.norms import apply_final_norm, final_norm
 from lclm.cache.base import CachePolicy
 from lclm.cache.step import Step, make_step
 from lclm.config import LayerSpec, ModelConfig, Run
+from lclm.models.remat import NO_REMAT, RematSpec
 from lclm.ops.int8 import Int8Weight
 from lclm.ops.linear import linear
 from lclm.ops.packed import PackedWeight, dequantize
@@ -68,14 +69,14 @@ class Decoder(nn.Module):
     """tokens -> final hidden states, and the caches where they were given.
 
     `scan` runs each repeated group as one `lax.scan` over stacked parameters (see
-    `stack_params`): compile time then does not grow with depth. `remat` recomputes
-    each group in the backward pass. `dtype` is the type of the residual stream.
+    `stack_params`): compile time then does not grow with depth. `remat` says what
+    the backward pass computes again. `dtype` is the type of the residual stream.
     """
 
     config: ModelConfig
     policy: CachePolicy | None = None
     scan: bool = False
-    remat: bool = False
+    remat: RematSpec = NO_REMAT
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -120,7 +121,7 @@ class Decoder(nn.Module):
         self, x: Array, step: Step, caches: Caches | None
     ) -> tuple[Array, Caches | None]:
         new = []
-        layer_class = nn.remat(DecoderLayer) if self.remat else DecoderLayer
+        layer_class = self.remat.wrap(DecoderLayer)
         for i, spec in enumerate(self.config.layers):
             layer = layer_class(
                 spec,
@@ -135,7 +136,7 @@ class Decoder(nn.Module):
         return x, None if caches is None else (*new, *caches[len(new) :])
 
     def _scanned(self, x: Array, step: Step) -> Array:
-        group = nn.remat(Group, prevent_cse=False) if self.remat else Group
+        group = self.remat.wrap(Group, prevent_cse=False)
         for r, run in enumerate(self.config.stack):
             stacked = nn.scan(
                 group,

@@ -16,6 +16,7 @@ from lclm.models import (
     mamba2_presets,
     mamba_presets,
     megalodon_presets,
+    tiny_presets,
 )
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original": 8192}
@@ -158,6 +159,7 @@ PRESETS = {
     **mamba2_presets.PRESETS,
     **jamba_presets.PRESETS,
     **megalodon_presets.PRESETS,
+    **tiny_presets.PRESETS,
 }
 PRESETS |= hybrid_presets.over(PRESETS)
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lclm.ops.int8 import Int8Weight
+from lclm.ops.lora import LoraWeight
 from lclm.ops.packed import PackedWeight
 from lclm.ops.precision import wide_dtype
 from lclm.typing import Array, Float
@@ -39,10 +40,13 @@ def has_amx() -> bool:
 
 def linear(
     x: Float[Array, "... I"],
-    weight: Float[Array, "O I"] | PackedWeight | Int8Weight,
+    weight: Float[Array, "O I"] | PackedWeight | Int8Weight | LoraWeight,
     bias: Float[Array, " O"] | None = None,
 ) -> Float[Array, "... O"]:
     """x W^T + b in x's type, accumulated in float32."""
+    if isinstance(weight, LoraWeight):
+        change = linear(linear(x, weight.down), weight.up)
+        return linear(x, weight.base, bias) + weight.scale * change
     if isinstance(weight, PackedWeight):
         weight = weight.dequantize(x.dtype)
     if isinstance(weight, Int8Weight):

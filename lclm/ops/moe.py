@@ -27,6 +27,7 @@ from lclm.typing import Array, Bool, Float, Int, Leaf
 
 LARGEST_BLOCK = 128
 PROBABILITIES, CHOICE = "probabilities", "choice"
+COLLECTION = "router"  # where the module sows them
 
 Act = Callable[[Array], Array]
 

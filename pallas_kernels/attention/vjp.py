@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention import xla
 from pallas_kernels.attention.spec import Spec, corner, wide, wide_dtype
@@ -27,6 +28,8 @@ _run = jax.jit(xla.forward, static_argnums=0)
 
 def _save(spec: Spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
     out, lse = _run(spec, q, k, v, sink, q_segment_ids, kv_segment_ids)
+    out = checkpoint_name(out, "attention_out")
+    lse = checkpoint_name(lse, "attention_lse")
     return (out, lse), (q, k, v, sink, q_segment_ids, kv_segment_ids, out, lse)
 
 

@@ -10,7 +10,7 @@ from conftest import GOLDEN
 
 from lclm import hub
 from lclm.errors import LclmError
-from lclm.hub.bundle import flatten
+from lclm.tree import flatten
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from conftest import HEADS, interleave, plain_weights, write_gguf
 
 from lclm import hub
 from lclm.config import RopeSpec
-from lclm.hub.bundle import flatten
 from lclm.hub.gguf_file import GgufFile
 from lclm.hub.gguf_quants import PACKABLE, pack
 from lclm.hub.names import gguf_names
 from lclm.ops.packed import PackedWeight
 from lclm.ops.rope import frequencies
+from lclm.tree import flatten
 
 Quant = gguf.GGMLQuantizationType
 

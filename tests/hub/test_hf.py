@@ -15,9 +15,9 @@ from lclm import hub
 from lclm.config import RopeSpec, find_runs
 from lclm.errors import LclmError
 from lclm.hub import hf_folder as hf_folder_module
-from lclm.hub.bundle import flatten
 from lclm.hub.hf_config import FAMILIES, config_from_hf, config_to_hf
 from lclm.hub.names import HF_TABLES, hf_names, param_shapes
+from lclm.tree import flatten
 
 NAMES = sorted(p.name for p in GOLDEN.iterdir() if (p / "config.json").is_file())
 WEIGHTS = "model.safetensors"

@@ -13,13 +13,13 @@ from safetensors.numpy import load_file, save_file
 import lclm
 from lclm import hub
 from lclm.errors import LclmError
-from lclm.hub.bundle import flatten
 from lclm.hub.hf_config import config_from_hf, config_to_hf
 from lclm.hub.hf_folder import load_hf, save_hf
 from lclm.hub.names import gguf_names
 from lclm.models.decoder import Decoder, unembed
 from lclm.ops import moe
 from lclm.specs import AttentionSpec, MambaSpec, MlpSpec, MoeSpec
+from lclm.tree import flatten
 
 NAMES = ("jamba", "mixtral")
 EXPERT = {

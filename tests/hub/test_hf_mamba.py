@@ -11,11 +11,11 @@ from safetensors.numpy import load_file, save_file
 
 from lclm import hub
 from lclm.errors import LclmError
-from lclm.hub.bundle import flatten
 from lclm.hub.gguf_mamba import MIXER
 from lclm.hub.hf_config import config_from_hf, config_to_hf
 from lclm.hub.names import gguf_names
 from lclm.models.presets import preset
+from lclm.tree import flatten
 
 WEIGHTS = "model.safetensors"
 EMBEDDING = "backbone.embeddings.weight"

@@ -16,6 +16,7 @@ from lclm.language_model import LanguageModel
 from lclm.models.decoder import Decoder, init_params, stack_params, unembed
 from lclm.models.jamba_presets import every, jamba_stack
 from lclm.models.presets import preset
+from lclm.models.remat import RematSpec
 from lclm.ops import moe
 from lclm.specs import MambaSpec, MoeSpec
 from tests.tiny import VOCAB, dense_nll, lively, tokens
@@ -129,7 +130,7 @@ def test_jamba_and_its_balance_train_on_a_repeated_text():
     config = tiny_jamba()
     params = stack_params(config, init_params(config, jax.random.key(0)))
     text = jnp.asarray(np.tile(np.arange(1, 7), 4)[None])
-    model = Decoder(config, scan=True, remat=True)
+    model = Decoder(config, scan=True, remat=RematSpec("full"))
     optimizer = optax.adam(1e-2)
 
     def loss(params):

@@ -14,7 +14,6 @@ from lclm.blocks.mamba import Mamba, check_state
 from lclm.cache.step import make_step
 from lclm.config import LayerSpec, MlpSpec, ModelConfig, NormSpec, Run
 from lclm.errors import LclmError
-from lclm.hub.bundle import flatten
 from lclm.hub.names import hf_names
 from lclm.language_model import LanguageModel
 from lclm.models.decoder import Decoder, init_params, stack_params, unembed
@@ -22,6 +21,7 @@ from lclm.ops import scan
 from lclm.ops.conv import causal_conv
 from lclm.ops.scan import selective_scan
 from lclm.specs import MambaSpec
+from lclm.tree import flatten
 from tests.hub.conftest import GOLDEN
 from tests.tiny import lively, tokens
 

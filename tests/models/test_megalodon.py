@@ -13,12 +13,12 @@ from lclm.blocks.megalodon import Megalodon
 from lclm.cache.step import make_step
 from lclm.config import from_dict, to_dict
 from lclm.errors import LclmError
-from lclm.hub.hf_folder import flatten
 from lclm.hub.names import hf_names
 from lclm.language_model import LanguageModel
 from lclm.models.decoder import Decoder, init_params, unembed
 from lclm.models.megalodon_presets import megalodon
 from lclm.specs import FfnSpec, MegalodonSpec
+from lclm.tree import flatten
 from tests.tiny import VOCAB, lively, tokens
 
 GOLDEN = "tests/golden"

@@ -12,6 +12,7 @@ from lclm.config import LayerSpec, ModelConfig, Run, from_dict, to_dict
 from lclm.errors import LclmError
 from lclm.language_model import LanguageModel
 from lclm.models.decoder import Decoder, init_params, param_shapes, stack_params
+from lclm.models.remat import RematSpec
 from lclm.ops import moe
 from lclm.ops.packed import PackedWeight, pack_blocks
 from lclm.specs import AttentionSpec, MoeSpec
@@ -176,7 +177,7 @@ def test_a_scan_over_layers_equals_the_unrolled_model_and_its_routers():
     config, params, text = tiny_moe(2), tiny_params(2), tokens(2, 9)
     hidden, router = collect(config, params, text)
     scanned, stacked = collect(
-        config, stack_params(config, params), text, scan=True, remat=True
+        config, stack_params(config, params), text, scan=True, remat=RematSpec("full")
     )
     assert_close(scanned, hidden)
     valid = jnp.arange(9)[None] < jnp.array([[9], [4]])

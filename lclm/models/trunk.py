@@ -1,0 +1,76 @@
+"""The decoder as training sees it: flat parameters in, hidden states and losses out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lclm.config import ModelConfig
+from lclm.models.decoder import Decoder, loss_table
+from lclm.models.remat import NO_REMAT, RematSpec
+from lclm.ops.loss import token_nll
+from lclm.ops.moe import COLLECTION, aux_loss
+from lclm.specs import MoeSpec
+from lclm.typing import Array, Batch, Float, Params
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """How a decoder runs in training.
+
+    `dtype` is the type of activations and of the weights they meet; `scan` runs each
+    repeated group as one loop over stacked parameters (see `stack_params`), which
+    keeps compile time independent of depth; `loss_chunk` tokens have logits at a time.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    scan: bool = True
+    remat: RematSpec = NO_REMAT
+    loss_chunk: int = 512
+
+    @property
+    def routed(self) -> bool:
+        """Whether a layer chooses experts, and so has a balance loss."""
+        return any(isinstance(s.mlp, MoeSpec) for s in self.config.layers)
+
+    def decoder(self) -> nn.Module:
+        """The module that `hidden` applies."""
+        return Decoder(self.config, scan=self.scan, remat=self.remat, dtype=self.dtype)
+
+    def hidden(
+        self, params: Params, batch: Batch
+    ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+        """Final hidden states, and the experts' balance loss (0 without experts)."""
+        inputs = (batch["tokens"], batch["positions"], batch["segments"])
+        variables = {"params": self.cast(params)}
+        if not self.routed:
+            return self.decoder().apply(variables, *inputs)[0], jnp.float32(0.0)
+        (hidden, _), sown = self.decoder().apply(
+            variables, *inputs, mutable=[COLLECTION]
+        )
+        return hidden, aux_loss(sown[COLLECTION], batch["positions"] >= 0)
+
+    def token_nll(
+        self, params: Params, hidden: Float[Array, "B T D"], batch: Batch
+    ) -> Float[Array, "B T"]:
+        """Loss in nats of every target; 0 where its weight is 0."""
+        counted = jnp.where(batch["weights"] > 0, batch["targets"], -1)
+        return token_nll(
+            hidden,
+            loss_table(self.config, params, self.dtype),
+            counted,
+            chunk=self.loss_chunk,
+            softcap=self.config.final_softcap,
+        )
+
+    def cast(self, params: Params) -> Params:
+        """Matrices in the type of the activations; vectors stay as they are."""
+
+        def narrow(leaf: Array) -> Array:
+            wide = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2
+            return leaf.astype(self.dtype) if wide else leaf
+
+        return jax.tree.map(narrow, params)

@@ -1,0 +1,48 @@
+"""Cross-entropy of the next token: pretraining, continued training, fine-tuning."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from lclm.config import ModelConfig
+from lclm.models.trunk import Trunk
+from lclm.objectives.base import Share
+from lclm.typing import Array, Batch, Float, Params
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Mean loss over weighted targets, plus `balance` times the experts' balance loss.
+
+    `balance` is 0.001 in Jamba and 0.01 to 0.02 in Mixtral (router_aux_loss_coef).
+    """
+
+    balance: float = 0.01
+
+    def check(self, config: ModelConfig, length: int) -> None:
+        """Any model, any length."""
+
+    def init(self, config: ModelConfig, key: Array) -> Params:
+        """Nothing of its own."""
+        return {}
+
+    def weight(self, batch: Batch) -> Float[Array, ""]:
+        """Weights of the targets added up."""
+        return jnp.sum(batch["weights"])
+
+    def loss(
+        self, trunk: Trunk, params: Params, batch: Batch, share: Share
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """Share of the mean loss in nats a token."""
+        hidden, uneven = trunk.hidden(params, batch)
+        nll = trunk.token_nll(params, hidden, batch)
+        nats = jnp.sum(nll * batch["weights"]) / share.weight
+        told = {"nll": nats}
+        if not trunk.routed:
+            return nats, told
+        told["balance"] = uneven / share.parts
+        return nats + self.balance * told["balance"], told
+
+    def project(self, params: Params) -> Params:
+        """Free parameters."""
+        return params

@@ -1,0 +1,175 @@
+"""A training run as strict data: what `configs/*.py` turn into before anything runs."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from lclm.config import from_dict, to_dict
+from lclm.data.pipeline import DataSpec
+from lclm.errors import LclmError, unknown
+from lclm.models.lora import LoraSpec
+from lclm.models.remat import RematSpec
+
+DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("constant", "cosine", "linear", "trapezoid")
+
+
+def _require(ok: bool, text: str) -> None:
+    if not ok:
+        raise LclmError(text)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Changes to the rotary embedding of every attention layer; None leaves a field."""
+
+    kind: str | None = None
+    theta: float | None = None
+    factor: float | None = None
+    context: int | None = None
+    original: int | None = None
+    attention_factor: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The model a run starts from.
+
+    source: a preset, a known name, or a checkpoint; with `scratch` only its shape is
+    taken and the weights are drawn anew. tokenizer: "model" for the source's own,
+    "bytes", or a folder with a tokenizer.json. pattern: attention of training only,
+    `shifted_groups:group=2048`. trains: regular expressions of parameter paths that
+    are trained, all where empty and no adapters are asked for.
+    """
+
+    source: str
+    scratch: bool = False
+    tokenizer: str = "model"
+    rope: Rope | None = None
+    pattern: str | None = None
+    lora: LoraSpec | None = None
+    trains: tuple[str, ...] = ()
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise unknown("dtype of parameters", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters whose path matches: learning rate times `lr`, own weight decay."""
+
+    match: str
+    lr: float = 1.0
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW (arXiv 1711.05101) and its schedule, in optimizer steps.
+
+    schedule: after `warmup` steps from 0 to `lr`, "constant"; "cosine" or "linear" down
+    to `lr * floor` at the last step; "trapezoid" holds and falls over the last `decay`
+    steps. clip_norm bounds the global norm, clip_value every element; None for neither.
+    no_decay: paths that are not decayed.
+    """
+
+    lr: float = 3e-4
+    schedule: str = "cosine"
+    warmup: int = 0
+    decay: int = 0
+    floor: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    clip_value: float | None = None
+    no_decay: tuple[str, ...] = (r"(scale|bias|sink)$", r"^embed/")
+    groups: tuple[Group, ...] = ()
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise unknown("schedule", self.schedule, SCHEDULES)
+        _require(self.lr > 0, f"lr is {self.lr}; it must be > 0")
+        _require(0 <= self.floor <= 1, f"floor is {self.floor}; it is a share, 0..1")
+        _require(self.warmup >= 0, f"warmup is {self.warmup} steps; at least 0")
+        for name in ("clip_norm", "clip_value"):
+            value = getattr(self, name)
+            _require(
+                value is None or value > 0, f"{name} is {value}; > 0, or None for none"
+            )
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; -1 takes the rest (see `lclm.sharding.make_mesh`)."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    context_ring: int = 1
+    context_ulysses: int = 1
+    expert: int = 1
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """A checkpoint each `every` steps (0: only at the end), the newest `keep` kept."""
+
+    every: int = 0
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. `batch` rows of `length` tokens make a step, in `accumulate` parts."""
+
+    name: str
+    model: ModelSpec
+    data: DataSpec
+    steps: int
+    batch: int
+    length: int
+    accumulate: int = 1
+    objective: str = "next_token"
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    compute: str = "bfloat16"
+    loss_chunk: int = 512
+    scan: bool = True
+    remat: RematSpec = field(default_factory=RematSpec)
+    mesh: Mesh | None = None
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    log_every: int = 10
+    profile: tuple[int, ...] = ()
+    seed: int = 0
+    title: str = ""
+    about: str = ""
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "length", "accumulate", "log_every"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} is {value}; it must be at least 1")
+        _require(
+            self.batch % self.accumulate == 0,
+            f"batch {self.batch} does not split into accumulate={self.accumulate} "
+            "microbatches: make batch a multiple of it",
+        )
+        if self.compute not in DTYPES:
+            raise unknown("compute type", self.compute, DTYPES)
+
+    def to_json(self) -> dict[str, Any]:
+        """The run as plain data; `train_config` reads it back."""
+        return to_dict(self)
+
+
+def train_config(config: Any) -> TrainConfig:
+    """A ConfigDict or plain dict, converted strictly."""
+    data = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return from_dict(TrainConfig, data)
+
+
+def replace(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """The run with some fields changed, checked again."""
+    return dataclasses.replace(config, **changes)
