@@ -64,9 +64,8 @@ def run(
             f"{run.model.source!r} has no tokenizer: set model.tokenizer to 'bytes' or "
             "to a folder with a tokenizer.json"
         )
-    encode = bundle.tokenizer.encode
     batches = open_batches(
-        run.data, encode, batch=run.batch, length=run.length, seed=run.seed
+        run.data, bundle.tokenizer, batch=run.batch, length=run.length, seed=run.seed
     )
     trainer = Trainer(run, bundle.config, bundle.params)
     console.print(

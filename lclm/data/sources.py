@@ -1,7 +1,10 @@
 """Where text comes from: a short string `name:key=value,...` -> one long string."""
 
+import glob
 import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lclm.errors import LclmError, did_you_mean
 from lclm.registry import Entry, Table
@@ -24,8 +27,25 @@ def read(source: str) -> str:
     Raises:
       LclmError: unknown source or option, or a text that cannot be had.
     """
+    load, options = bind(SOURCES, source)
+    return load(**options)
+
+
+def check(source: str) -> None:
+    """Raise what reading `source` would about its name and options; reads nothing."""
+    bind(SOURCES, source)
+
+
+def bind(table: Table, source: str) -> tuple[Callable[..., Any], dict[str, str]]:
+    """The function that `name:key=value,...` names in `table`, and its options.
+
+    A comma that no option follows belongs to the value before it.
+
+    Raises:
+      LclmError: unknown name or option, an option missing, a path that is not there.
+    """
     name, _, rest = source.partition(":")
-    load = SOURCES[name]
+    load = table[name]
     allowed = list(inspect.signature(load).parameters)
     options: dict[str, str] = {}
     for part in filter(None, rest.split(",")):
@@ -45,7 +65,10 @@ def read(source: str) -> str:
         raise LclmError(f"source {source!r}: {error}; write '{name}:KEY=VALUE'") from (
             error
         )
-    return load(**options)
+    path = options.get("path")
+    if path and not glob.has_magic(path) and not Path(path).expanduser().exists():
+        raise LclmError(f"source {source!r}: there is no {path!r}; correct the path")
+    return load, options
 
 
 def local(path: str) -> str:
