@@ -23,6 +23,7 @@ ROPE_KINDS = (
 )
 LAYOUTS = ("half", "interleaved")
 ANGLES = ("hf", "exact")
+LAID = ("documents", "rows")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
@@ -89,6 +90,9 @@ class AttentionSpec:
     `scale`: multiplies q.k; None is head_dim ** -0.5. `sink`: learned logit per head.
     `sinks`: beside its window a query sees this many first tokens of its document.
     `pattern`: a static pattern in place of a window, "block_sparse:block=64,stride=8".
+    `laid`: what a static pattern is laid on where documents are packed: each of the
+    "documents", or the "rows" they stand in (a key must then be of the query's document
+    as well).
     """
 
     TYPE: ClassVar[str] = "attention"
@@ -106,8 +110,10 @@ class AttentionSpec:
     sink: bool = False
     sinks: int = 0
     pattern: str | None = None
+    laid: str = "documents"
 
     def __post_init__(self):
+        _require(self.laid in LAID, f"pattern laid on {self.laid!r}: use {LAID}")
         _require(
             self.kv_heads >= 1 and self.heads % self.kv_heads == 0,
             f"{self.heads} heads over {self.kv_heads} kv heads: heads must be a "

@@ -391,10 +391,10 @@ class Group(Mask):
         return True
 
     def at_head(self, head: int, heads: int) -> Mask:
-        if heads % 2:
+        if heads < 2:
             raise ValueError(
                 f"group with heads={heads}: the shift splits the query heads in two "
-                "halves; use an even number of heads"
+                "halves; use at least 2 heads"
             )
         return Chunk(self.size, self.shift if head >= heads // 2 else 0)
 
@@ -547,7 +547,8 @@ def group(g: int, shift: int | None = None) -> Mask:
     """S2-Attn groups of `g`, moved by `shift` (g/2) in the second half of the heads.
 
     Position p of a shifted head belongs to group (p + shift) // g, so its first
-    and last groups are short and nothing wraps (LongLoRA, arXiv 2309.12307).
+    and last groups are short and nothing wraps (LongLoRA, arXiv 2309.12307). Of an odd
+    number of heads the smaller half is not shifted.
     """
     _require("group", g, 1, "give the number of positions per group")
     shift = g // 2 if shift is None else shift

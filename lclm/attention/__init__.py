@@ -1,5 +1,6 @@
 """Attention patterns by name: which keys a query sees, as a symbolic mask."""
 
+import inspect
 from typing import Any
 
 from lclm.registry import Entry, Table
@@ -38,3 +39,13 @@ def make(pattern: Any) -> Mask:
     if isinstance(pattern, Mask):
         return pattern
     return build(PATTERNS, pattern, "window:window=512")
+
+
+def for_length(pattern: str, length: int) -> str:
+    """The pattern with the length of rows filled in, where it takes one."""
+    name = pattern.partition(":")[0].strip()
+    if name not in PATTERNS or "length=" in pattern:
+        return pattern
+    if "length" not in inspect.signature(PATTERNS[name]).parameters:
+        return pattern
+    return f"{pattern}{',' if ':' in pattern else ':'}length={length}"

@@ -1,5 +1,6 @@
 """Grouped-query softmax attention: one function for training, prefill and decoding."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ from lclm.cache.base import CachePolicy, Heads, Layer
 from lclm.cache.step import Step
 from lclm.config import AttentionSpec, NormSpec
 from lclm.errors import LclmError
+from lclm.ops.branch import choose
 from lclm.ops.linear import linear
 from lclm.ops.masked import masked_attention, with_sink
 from lclm.typing import Array, Float
@@ -102,31 +104,67 @@ def dense_attention(
 ) -> Float[Array, "B T N H"]:
     """Every query over all keys of the call that its layer may see.
 
-    Patterns are laid on positions: packed documents after the first do not start where
-    the row does, so theirs are evaluated pair by pair.
+    A static pattern laid on documents runs in blocks where every row is one document
+    from its first token on, and else pair by pair: later documents of a row do not
+    start where a block does.
     """
     q, k = step.rotate(heads.q, spec.rope), step.rotate(heads.k, spec.rope)
-    mask = layer_mask(spec)
-    if step.segments is not None and spec.static:
-        return masked_dense(q, k, heads.v, step, spec, mask=mask, sink=sink)
+    values = (q, k, heads.v, sink)
+    ids = (step.positions, step.segments)
+    if step.segments is None or not spec.static or spec.laid == "rows":
+        return _by_blocks(spec, values, ids)
+    T = q.shape[1]
+    own = ~step.valid | (step.positions == jnp.arange(T, dtype=jnp.int32))
+    forms = (
+        functools.partial(_by_pairs, spec),
+        functools.partial(_by_blocks, spec),
+    )
+    return choose(forms, jnp.all(own).astype(jnp.int32), values, ids)
+
+
+def _by_blocks(spec: AttentionSpec, values: Any, ids: Any) -> Array:
+    """The layer's mask over the row and, where ids are given, the query's document."""
+    q, k, v, sink = values
+    _, segments = ids
     out, _ = attention(
         q,
         k,
-        heads.v,
-        mask=mask,
+        v,
+        mask=layer_mask(spec),
         scale=spec.scale,
         softcap=spec.softcap,
         sink=sink,
-        q_segment_ids=step.segments,
-        kv_segment_ids=step.segments,
+        q_segment_ids=segments,
+        kv_segment_ids=segments,
     )
     return out
 
 
+def _by_pairs(spec: AttentionSpec, values: Any, ids: Any) -> Array:
+    """The layer's mask over positions inside each document."""
+    q, k, v, sink = values
+    positions, segments = ids
+    parts = masked_attention(
+        q,
+        jnp.swapaxes(k, 1, 2),
+        jnp.swapaxes(v, 1, 2),
+        positions,
+        positions,
+        mask=layer_mask(spec),
+        scale=spec.scale,
+        softcap=spec.softcap,
+        segments=segments,
+    )
+    return with_sink(*parts, sink)
+
+
 def layer_mask(spec: AttentionSpec) -> Mask:
-    """What a query of the layer may see; LclmError where a pattern's heads misfit."""
+    """What a query of the layer may see; LclmError where a pattern's heads misfit.
+
+    Every pattern of the table is causal, but for S2-Attn that wraps.
+    """
     if spec.pattern is not None:
-        mask = masks.causal() & make_pattern(spec.pattern)
+        mask = make_pattern(spec.pattern)
         try:
             mask.layout(spec.heads)
         except ValueError as error:
@@ -136,28 +174,3 @@ def layer_mask(spec: AttentionSpec) -> Mask:
         return masks.causal()
     near = masks.window(spec.window)
     return masks.causal() & (near | masks.sink(spec.sinks) if spec.sinks else near)
-
-
-def masked_dense(
-    q: Array,
-    k: Array,
-    v: Array,
-    step: Step,
-    spec: AttentionSpec,
-    *,
-    mask: Mask,
-    sink: Array | None,
-) -> Float[Array, "B T N H"]:
-    """Attention of packed documents under a mask on their own positions."""
-    parts = masked_attention(
-        q,
-        jnp.swapaxes(k, 1, 2),
-        jnp.swapaxes(v, 1, 2),
-        step.positions,
-        step.positions,
-        mask=mask,
-        scale=spec.scale,
-        softcap=spec.softcap,
-        segments=step.segments,
-    )
-    return with_sink(*parts, sink)

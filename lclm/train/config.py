@@ -9,6 +9,7 @@ from lclm.data.pipeline import DataSpec
 from lclm.errors import LclmError, unknown
 from lclm.models.lora import LoraSpec
 from lclm.models.remat import RematSpec
+from lclm.specs import LAID
 
 DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("constant", "cosine", "linear", "trapezoid")
@@ -37,9 +38,11 @@ class ModelSpec:
 
     source: a preset, a known name, or a checkpoint; with `scratch` only its shape is
     taken and the weights are drawn anew. tokenizer: "model" for the source's own,
-    "bytes", or a folder with a tokenizer.json. pattern: attention of training only,
-    `shifted_groups:group=2048`. trains: regular expressions of parameter paths that
-    are trained, all where empty and no adapters are asked for.
+    "bytes", or a folder with a tokenizer.json. pattern: attention of training only, in
+    layers of full attention, `shifted_groups:ratio=0.25`. laid: what static patterns
+    are laid on in training, "rows" or "documents" (`AttentionSpec`); None for rows with
+    `pattern` and what the model says without. trains: regular expressions of parameter
+    paths that are trained, all where empty and no adapters are asked for.
     """
 
     source: str
@@ -47,6 +50,7 @@ class ModelSpec:
     tokenizer: str = "model"
     rope: Rope | None = None
     pattern: str | None = None
+    laid: str | None = None
     lora: LoraSpec | None = None
     trains: tuple[str, ...] = ()
     dtype: str = "float32"
@@ -54,6 +58,8 @@ class ModelSpec:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise unknown("dtype of parameters", self.dtype, DTYPES)
+        if self.laid is not None and self.laid not in LAID:
+            raise unknown("model.laid", self.laid, LAID)
 
 
 @dataclass(frozen=True)

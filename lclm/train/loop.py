@@ -38,7 +38,7 @@ class Trainer:
 
     def __init__(self, run: TrainConfig, config: ModelConfig, params: Params):
         self.run = run
-        self.config = training_config(config, run.model)
+        self.config = training_config(config, run.model, run.length)
         self.objective = objectives.make(run.objective)
         self.objective.check(self.config, run.length)
         dtype = jax.numpy.dtype(run.compute)

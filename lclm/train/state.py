@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lclm.attention import for_length
+from lclm.blocks.attention import layer_mask
 from lclm.config import AttentionSpec, LayerSpec, ModelConfig, Run
 from lclm.errors import LclmError
 from lclm.models.decoder import stack_params, unstack_params
@@ -36,9 +38,15 @@ class TrainState:
     opt: Any
 
 
-def training_config(config: ModelConfig, spec: ModelSpec) -> ModelConfig:
-    """The model as it is trained: changed rotary embedding, pattern of training."""
-    return _each_attention(reshaped(config, spec), pattern=spec.pattern)
+def training_config(config: ModelConfig, spec: ModelSpec, length: int) -> ModelConfig:
+    """The model as it is trained on rows of `length`: reshaped, pattern of training."""
+    config = reshaped(config, spec)
+    if spec.pattern is not None:
+        config = _with_pattern(config, spec, length)
+    if spec.laid is not None:
+        laid = spec.laid
+        config = _map_attention(config, lambda m: dataclasses.replace(m, laid=laid))
+    return config
 
 
 def reshaped(config: ModelConfig, spec: ModelSpec) -> ModelConfig:
@@ -56,12 +64,25 @@ def reshaped(config: ModelConfig, spec: ModelSpec) -> ModelConfig:
     return dataclasses.replace(_map_attention(config, change), context=context)
 
 
-def _each_attention(config: ModelConfig, pattern: str | None) -> ModelConfig:
-    if pattern is None:
-        return config
-    return _map_attention(
-        config, lambda mixer: dataclasses.replace(mixer, pattern=pattern)
-    )
+def _with_pattern(config: ModelConfig, spec: ModelSpec, length: int) -> ModelConfig:
+    """The pattern of training in every layer of full attention."""
+    assert spec.pattern is not None
+    pattern = for_length(spec.pattern, length)
+
+    def change(mixer: AttentionSpec) -> AttentionSpec:
+        if mixer.window is not None or mixer.static:
+            return mixer
+        return dataclasses.replace(mixer, pattern=pattern, laid="rows")
+
+    changed = _map_attention(config, change)
+    if changed == config:
+        raise LclmError(
+            f"model.pattern {spec.pattern!r}: the model has no layer of full attention"
+        )
+    for layer in changed.layers:
+        if isinstance(layer.mixer, AttentionSpec):
+            layer_mask(layer.mixer)
+    return changed
 
 
 def _map_attention(config: ModelConfig, change) -> ModelConfig:
