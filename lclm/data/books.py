@@ -138,7 +138,7 @@ def _rdata(path: Path) -> bytes:
     raw = path.read_bytes()
     if not raw.startswith(b"!<arch>\n"):
         return raw
-    for name, data in _ar_members(raw):
+    for name, data in ar_members(raw):
         if name.startswith("data.tar"):
             try:
                 with tarfile.open(fileobj=io.BytesIO(data)) as archive:
@@ -153,7 +153,7 @@ def _rdata(path: Path) -> bytes:
     raise LclmError(f"{path} holds no {AUSTEN_MEMBER}: expected {AUSTEN_PACKAGE}")
 
 
-def _ar_members(raw: bytes) -> list[tuple[str, bytes]]:
+def ar_members(raw: bytes) -> list[tuple[str, bytes]]:
     """Names and contents of an `ar` archive (60-byte headers, even alignment)."""
     members, at = [], 8
     while at + 60 <= len(raw):

@@ -12,8 +12,11 @@ import numpy as np
 
 from lclm.data import sources
 from lclm.data.batch import make_batch
+from lclm.data.documents import check, read_documents
 from lclm.data.packing import PACKINGS, plan_rows
-from lclm.data.rows import InMemory, Packed, Row
+from lclm.data.rows import Documents, InMemory, Packed, Row
+from lclm.data.store import UNDECODABLE, Observe, open_store
+from lclm.data.tokens import text_hash, tokenise
 from lclm.errors import LclmError, unknown
 from lclm.typing import Batch
 
@@ -55,7 +58,10 @@ class Part:
 class DataSpec:
     """Where tokens come from: one `source`, or a `mixture` of them.
 
-    packing: how documents share rows (`lclm.data.packing`). lengths: rows of these
+    packing: how documents share rows (`lclm.data.packing`). held_out: sources whose
+    documents are left out of every part, by the hash of their text. undecodable: what
+    a document that cannot be read is, "fatal" or a thing to "skip" (and count). folder:
+    where tokens are kept, `tokens` in the cache where empty. lengths: rows of these
     lengths in turn, in drawn order, instead of the run's one; a length that stands
     twice comes twice as often.
     """
@@ -64,6 +70,9 @@ class DataSpec:
     mixture: tuple[Part, ...] = ()
     packing: str = "best_fit"
     lengths: tuple[int, ...] = ()
+    held_out: tuple[str, ...] = ()
+    undecodable: str = "fatal"
+    folder: str = ""
 
     def __post_init__(self):
         if bool(self.source) == bool(self.mixture):
@@ -78,8 +87,10 @@ class DataSpec:
                 f"data: the shares of the {len(self.parts)} parts add up to zero; give "
                 "at least one part a share above 0"
             )
-        for part in self.parts:
-            sources.check(part.source)
+        if self.undecodable not in UNDECODABLE:
+            raise unknown("undecodable", self.undecodable, UNDECODABLE)
+        for source in (*(part.source for part in self.parts), *self.held_out):
+            check(source)
         if any(length < 1 for length in self.lengths):
             raise LclmError(f"data: lengths {self.lengths}: at least 1 token each")
 
@@ -134,11 +145,12 @@ def open_batches(
             "length to the longest of them"
         )
     parts = [part for part in spec.parts if part.share > 0]
-    opened = [_documents(part, tokenizer) for part in parts]
+    opened = [open_documents(spec, part.source, tokenizer) for part in parts]
+    held = held_out(spec, opened)
     mixed, told = {}, [seed, batch, list(lengths)]
     for size in sorted(set(lengths)):
         rows = [
-            _rows(spec, part, documents, size, seed)
+            rows_of(spec, part, documents, length=size, seed=seed, held=held)
             for part, documents in zip(parts, opened, strict=True)
         ]
         mixed[size] = mix(rows, [part.share for part in parts], seed=seed)
@@ -230,17 +242,58 @@ class Stream(Iterator):
 _KEYS = ("tokens", "segments", "mask")
 
 
-def _documents(part: Part, tokenizer: Any) -> InMemory:
-    text = sources.read(part.source)
-    return InMemory([np.asarray(tokenizer.encode(text), np.int32)])
+def open_documents(
+    spec: DataSpec, source: str, tokenizer: Any, observe: Observe | None = None
+) -> Documents:
+    """A source's tokens: a single text in memory, documents from their store."""
+    if source.partition(":")[0] not in sources.SOURCES.entries:
+        return open_store(
+            source,
+            tokenizer,
+            undecodable=spec.undecodable,
+            root=spec.folder,
+            observe=observe,
+        )
+    (document,) = read_documents(source)
+    tokens, mask = tokenise(document, tokenizer)
+    return InMemory([tokens], [mask], [text_hash(document.text)])
 
 
-def _rows(
-    spec: DataSpec, part: Part, documents: InMemory, length: int, seed: int
+def held_out(spec: DataSpec, opened: Sequence[Documents]) -> np.ndarray:
+    """Hashes of the texts to leave out.
+
+    Raises:
+      LclmError: a held-out source has no document in common with any part.
+    """
+    known = np.concatenate([documents.hashes for documents in opened])
+    found = [np.zeros(0, np.uint64)]
+    for source in spec.held_out:
+        texts = [d.text for d in read_documents(source) if d.text is not None]
+        hashes = np.array([text_hash(text) for text in texts], np.uint64)
+        if not np.isin(hashes, known).any():
+            raise LclmError(
+                f"data.held_out: no document of {source!r} is in the mixture as a "
+                "document, so that nothing would be held out; cut both alike, or leave "
+                "it out of held_out"
+            )
+        found.append(hashes)
+    return np.concatenate(found)
+
+
+def rows_of(
+    spec: DataSpec,
+    part: Part,
+    documents: Documents,
+    *,
+    length: int,
+    seed: int,
+    held: np.ndarray,
 ) -> Packed:
+    """The rows of one part, without what is held out."""
     sizes = documents.lengths
     longest = math.inf if part.longest is None else part.longest
-    docs = np.flatnonzero((sizes >= part.shortest) & (sizes <= longest))
+    fits = (sizes >= part.shortest) & (sizes <= longest)
+    docs = np.flatnonzero(fits & ~np.isin(documents.hashes, held))
     plan = plan_rows(
         sizes, length, packing=spec.packing, seed=seed, docs=docs, cut=part.cut
     )
@@ -248,6 +301,6 @@ def _rows(
         raise LclmError(
             f"data: {part.source!r} has no row: of {len(sizes)} documents with "
             f"{int(sizes.sum())} tokens none of {part.shortest} to {part.longest} "
-            "tokens has two; give more text, or other bounds"
+            "tokens is left; give more text, or other bounds"
         )
     return Packed(documents, plan)

@@ -16,6 +16,7 @@ class Documents(Protocol):
     """Tokenised documents by number, read in parts."""
 
     lengths: np.ndarray
+    hashes: np.ndarray
 
     def read(self, doc: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and mask of a part of a document."""
@@ -23,16 +24,21 @@ class Documents(Protocol):
 
 
 class InMemory:
-    """Documents that are at hand, each with a mask or None for all ones."""
+    """Documents that are at hand, each with a mask or None for all ones.
+
+    `hashes` name their texts (`lclm.data.tokens.text_hash`).
+    """
 
     def __init__(
         self,
         documents: Sequence[np.ndarray],
         masks: Sequence[np.ndarray | None] | None = None,
+        hashes: Sequence[int] | None = None,
     ):
         self._documents = documents
         self._masks = masks or [None] * len(documents)
         self.lengths = np.array([len(d) for d in documents], np.int64)
+        self.hashes = np.array(hashes or [0] * len(documents), np.uint64)
 
     def read(self, doc: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and mask of a part of a document."""
