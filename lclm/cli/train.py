@@ -1,7 +1,11 @@
 """`lclm train --config=FILE`: one run, from a config to a trained model."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+import logging
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,68 +21,147 @@ from rich.progress import (
 
 from lclm.cli import options
 from lclm.cli.config_file import read_config
+from lclm.cli.workdir import check_folder, check_same, set_aside
 from lclm.data.fetch import write_atomic
 from lclm.errors import LclmError
 
 
-def main(argv: Sequence[str]) -> None:
-    """Train the run of a config file; the model is left in WORKDIR/model."""
+def main(argv: Sequence[str]) -> int:
+    """Train the run of a config file; the same command again resumes it."""
     parser = options.Parser(
         "train",
-        "Train the run of a config file.",
+        "Train the run of a config file; the same command again goes on where it was "
+        "stopped.",
         epilog="example: lclm train --config=configs/smoke.py:steps=20",
     )
     parser.add_argument(
         "--config", required=True, metavar="FILE.py[:KEY=VALUE,...]", help="the run"
     )
     parser.add_argument("--workdir", help="folder of the results (runs/NAME)")
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="begin anew; an earlier folder is renamed, not removed",
+    )
     args = parser.parse_args(argv)
-    run(args.config, workdir=args.workdir)
+    from lclm.train.stop import Stopped
+
+    try:
+        run(args.config, workdir=args.workdir, restart=args.restart)
+    except Stopped as stop:
+        again = " ".join(["lclm train", *(a for a in argv if a != "--restart")])
+        print(f"lclm: {stop}; to go on: {again}", file=sys.stderr)
+        return stop.status
+    return 0
 
 
 def run(
-    config: str, *, workdir: str | Path | None = None, console: Console | None = None
+    config: str,
+    *,
+    workdir: str | Path | None = None,
+    restart: bool = False,
+    console: Console | None = None,
 ) -> Path:
     """Train the run of `config` and return the folder of the trained model.
 
-    `workdir` (default `runs/<name>`) receives train.json, metrics.jsonl and model/.
+    `workdir` (default `runs/<name>`) receives train.json, metrics.jsonl, events/,
+    checkpoints/, loss.png and model/. An unfinished run of the same config that is
+    there is resumed, a finished one only named; `restart` renames what is there.
 
     Raises:
-      LclmError: the config, the model or the data is at fault; nothing is written.
+      LclmError: the config, the model, the data or the folder is at fault; nothing is
+        written then.
+      Stopped: SIGTERM or Ctrl-C; a checkpoint is written.
     """
-    from lclm.data.pipeline import open_batches
-    from lclm.hub.bundle import Bundle
     from lclm.train.config import train_config
-    from lclm.train.loop import Trainer
-    from lclm.train.state import final_params, reshaped
 
     console = console or Console()
     run = train_config(read_config(config))
-    folder = Path(workdir) if workdir else Path("runs") / run.name
-    target = folder / "model"
-    if target.exists():
-        raise LclmError(f"{target} exists: name another --workdir, or remove it")
+    folder = check_folder(Path(workdir) if workdir else Path("runs") / run.name)
+    if not restart:
+        check_same(folder, run)
+        if (folder / "model").exists():
+            console.print(
+                f"[bold]{run.name}[/bold] is finished: {folder / 'model'}; "
+                "--restart trains it again"
+            )
+            return folder / "model"
     bundle = source(run.model, seed=run.seed)
     if bundle.tokenizer is None:
         raise LclmError(
             f"{run.model.source!r} has no tokenizer: set model.tokenizer to 'bytes' or "
             "to a folder with a tokenizer.json"
         )
-    batches = open_batches(
-        run.data, bundle.tokenizer, batch=run.batch, length=run.length, seed=run.seed
-    )
+    return _train(run, bundle, folder, console, restart=restart)
+
+
+def _train(
+    run: Any, bundle: Any, folder: Path, console: Console, *, restart: bool
+) -> Path:
+    from lclm.train.checkpoint import Store, check_disk
+    from lclm.train.loop import Trainer
+    from lclm.train.records import loss_curve
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # failures are told once
+    batches, holdout = _open(run, bundle)
     trainer = Trainer(run, bundle.config, bundle.params)
+
+    def warn(text: str) -> None:
+        console.print(f"[yellow]warning[/yellow]: {text}", highlight=False)
+
+    place = folder / "checkpoints"
+    store = Store(place, run.checkpoints, about=trainer.about(), warn=warn)
+    check_disk(folder, need=trainer.disk(store))
+    if restart:
+        set_aside(folder, console)
+    done = trainer.resume(store, batches)
+    if run.start_from and not done:
+        trainer.begin_from(Path(run.start_from), optimizer=run.carry_optimizer)
     console.print(
         f"[bold]{run.title or run.name}[/bold]  [dim]{run.model.source}[/dim]"
+        + (f"  resumed at step {done}" if done else "")
     )
     write_atomic(folder / "train.json", json.dumps(run.to_json(), indent=2) + "\n")
-    trained = _fit(trainer, batches, folder, console)
-    from lclm import hub
-
-    config_out = reshaped(bundle.config, run.model)
-    params = final_params(run, trainer.config, trained.params)
-    hub.save_orbax(target, Bundle(config_out, params, bundle.tokenizer, run.name))
+    with _bars(console, run.steps, done) as observe:
+        trained = trainer.fit(batches, folder, observe, store=store, holdout=holdout)
+    loss_curve(folder, title=run.title or run.name)
+    target = _export(run, trainer, trained, bundle, folder)
     console.print(f"trained in {trained.seconds:.0f} s: [bold]{target}[/bold]")
+    return target
+
+
+def _open(run: Any, bundle: Any) -> tuple[Any, Any]:
+    """Batches to train on, and those to look at (None without `holdout`)."""
+    from lclm.data.pipeline import open_batches
+
+    shape = dict(batch=run.batch, length=run.length, seed=run.seed)
+    tokenizer = bundle.tokenizer
+    batches = open_batches(run.data, tokenizer, **shape)
+    looks = run.holdout is not None and run.eval_every
+    return batches, open_batches(run.holdout, tokenizer, **shape) if looks else None
+
+
+def _export(run: Any, trainer: Any, trained: Any, bundle: Any, folder: Path) -> Path:
+    """Write model/ last: where it is, the run is finished."""
+    from lclm import hub
+    from lclm.hub.bundle import Bundle
+    from lclm.train.state import final_params, reshaped
+
+    config = reshaped(bundle.config, run.model)
+    params = final_params(run, trainer.config, trained.params)
+    half, target = folder / "model.part", folder / "model"
+    shutil.rmtree(half, ignore_errors=True)
+    try:
+        hub.save_orbax(half, Bundle(config, params, bundle.tokenizer, run.name))
+        half.rename(target)
+    except Exception as error:
+        shutil.rmtree(half, ignore_errors=True)
+        if isinstance(error, LclmError):
+            raise
+        raise LclmError(
+            f"{target} could not be written ({error}); the run is done and in its "
+            "checkpoint: free some space and give the same command again"
+        ) from error
     return target
 
 
@@ -125,21 +208,28 @@ def source(spec: Any, *, seed: int = 0) -> Any:
     return Bundle(config, bundle.params, tokenizer, spec.source)
 
 
-def _fit(trainer: Any, batches: Any, folder: Path, console: Console) -> Any:
+@contextlib.contextmanager
+def _bars(console: Console, steps: int, done: int) -> Iterator[Any]:
+    """A progress line: loss, speed, time left, and skipped steps in red."""
     with Progress(
         TextColumn("training"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
         TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
         console=console,
     ) as bars:
-        task = bars.add_task("compiling", total=trainer.run.steps)
+        task = bars.add_task("compiling", total=steps, completed=done)
 
         def observe(step: int, record: dict[str, float]) -> None:
-            rate = record["tokens_per_second"]
-            told = f"loss {record['loss']:.3f}  {rate:,.0f} tokens/s"
+            told = f"loss {record['loss']:.3f}  "
+            told += f"{record['tokens_per_second']:,.0f} tokens/s"
+            if "mfu" in record:
+                told += f"  MFU {record['mfu']:.0%}"
+            if record.get("skipped"):
+                told += f"  [red]{record['skipped']:.0f} skipped[/red]"
             bars.update(task, completed=step, description=told)
 
-        return trainer.fit(batches, folder, observe)
+        yield observe

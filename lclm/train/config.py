@@ -1,6 +1,7 @@
 """A training run as strict data: what `configs/*.py` turn into before anything runs."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,15 +123,30 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """A checkpoint each `every` steps (0: only at the end), the newest `keep` kept."""
+    """A checkpoint each `every` steps (0: only at the end), the newest `keep` kept.
+
+    Those whose step is a multiple of `keep_every` are never removed (0: none).
+    """
 
     every: int = 0
     keep: int = 2
+    keep_every: int = 0
+
+    def __post_init__(self):
+        for name, least in (("every", 0), ("keep", 1), ("keep_every", 0)):
+            value = getattr(self, name)
+            _require(value >= least, f"checkpoints.{name} is {value}; at least {least}")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. `batch` rows of `length` tokens make a step, in `accumulate` parts."""
+    """One run. `batch` rows of `length` tokens make a step, in `accumulate` parts.
+
+    start_from: folder of a finished run whose trained parameters this one begins with,
+    and with carry_optimizer its moments too; the schedule and the count of steps begin
+    anew. eval_every: steps between looks at `eval_batches` batches of `holdout`.
+    profile: first and last step of a profiler trace in WORKDIR/profile.
+    """
 
     name: str
     model: ModelSpec
@@ -147,6 +163,11 @@ class TrainConfig:
     remat: RematSpec = field(default_factory=RematSpec)
     mesh: Mesh | None = None
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    start_from: str = ""
+    carry_optimizer: bool = False
+    holdout: DataSpec | None = None
+    eval_every: int = 0
+    eval_batches: int = 8
     log_every: int = 10
     profile: tuple[int, ...] = ()
     seed: int = 0
@@ -154,9 +175,11 @@ class TrainConfig:
     about: str = ""
 
     def __post_init__(self):
-        for name in ("steps", "batch", "length", "accumulate", "log_every"):
+        ones = ("steps", "batch", "length", "accumulate", "log_every", "eval_batches")
+        for name in ones:
             value = getattr(self, name)
             _require(value >= 1, f"{name} is {value}; it must be at least 1")
+        self._check_looks()
         _require(
             self.batch % self.accumulate == 0,
             f"batch {self.batch} does not split into accumulate={self.accumulate} "
@@ -164,6 +187,27 @@ class TrainConfig:
         )
         if self.compute not in DTYPES:
             raise unknown("compute type", self.compute, DTYPES)
+
+    def _check_looks(self) -> None:
+        _require(
+            re.fullmatch(r"[\w.-]*\w[\w.-]*", self.name) is not None,
+            f"name {self.name!r} cannot name a folder: use letters, digits, - and _",
+        )
+        _require(self.eval_every >= 0, f"eval_every is {self.eval_every}; at least 0")
+        _require(
+            not self.eval_every or self.holdout is not None,
+            f"eval_every is {self.eval_every}, and there is no holdout to look at: "
+            "give holdout=dict(source=...), or eval_every=0",
+        )
+        _require(
+            not self.carry_optimizer or bool(self.start_from),
+            "carry_optimizer is set without start_from: name the run to carry from",
+        )
+        ordered = len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]
+        _require(
+            not self.profile or ordered,
+            f"profile is {self.profile}; give (first step, last step), or () for none",
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The run as plain data; `train_config` reads it back."""

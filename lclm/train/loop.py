@@ -13,11 +13,17 @@ from lclm.config import ModelConfig
 from lclm.data.pipeline import Batches
 from lclm.errors import LclmError
 from lclm.models.trunk import Trunk
+from lclm.train.checkpoint import Store, fingerprint, state_bytes
 from lclm.train.config import TrainConfig
-from lclm.train.metrics import CONVENTION, Journal, peak_flops, step_flops
+from lclm.train.holdout import Holdout
+from lclm.train.metrics import CONVENTION, peak_flops, step_flops
 from lclm.train.optim import make_optimizer, make_schedule
+from lclm.train.profile import Profile
+from lclm.train.records import Records
+from lclm.train.stages import begin_from
 from lclm.train.state import TrainState, count, start, training_config
-from lclm.train.step import Step
+from lclm.train.step import Metrics, Step
+from lclm.train.stop import Stop, Stopped
 from lclm.typing import Batch, Params
 
 Observe = Callable[[int, dict[str, float]], None]
@@ -38,6 +44,7 @@ class Trainer:
 
     def __init__(self, run: TrainConfig, config: ModelConfig, params: Params):
         self.run = run
+        self.base = config
         self.config = training_config(config, run.model, run.length)
         self.objective = objectives.make(run.objective)
         self.objective.check(self.config, run.length)
@@ -46,45 +53,87 @@ class Trainer:
         self.schedule = make_schedule(run.optimizer, run.steps)
         tx = make_optimizer(run.optimizer, run.steps)
         self.state, self.frozen = start(run, self.config, params, self.objective, tx)
+        self._sum = fingerprint(params)
         self.stepper = Step(run, self.trunk, self.objective, tx)
         self.step = jax.jit(self.stepper.__call__, donate_argnums=0)
         self.flops = step_flops(self.config, run.batch, run.length)
 
-    def fit(self, batches: Batches, folder: Path, observe: Observe) -> Trained:
-        """Run the steps that are left and write `metrics.jsonl` in `folder`."""
-        run, state = self.run, self.state
-        done, began = int(state.step), time.perf_counter()
-        journal = Journal(folder / "metrics.jsonl", start=done)
-        journal.write(self._head(done))
-        mark, since = time.perf_counter(), done
-        while done < run.steps:
-            batch = self._place(next(batches))
-            with jax.transfer_guard("disallow"):
-                state, told = self.step(state, self.frozen, batch)
-            done += 1
-            if done % run.log_every and done not in (1, run.steps):
-                continue
-            record = {k: float(v) for k, v in jax.device_get(told).items()}
-            now = time.perf_counter()
-            seconds, mark = (now - mark) / (done - since), now
-            since = done
-            record = {"step": done, **record, **self._speed(done, seconds)}
-            journal.write(record)
-            observe(done, record)
-        journal.close()
-        self.state = state
-        if int(state.skipped) == run.steps:
-            raise LclmError(
-                f"all {run.steps} steps had a loss or gradient that is not finite: "
-                "lower optimizer.lr, or train in compute='float32'"
-            )
-        flat = self.frozen | state.params
-        return Trained(flat, state, time.perf_counter() - began)
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says of its run: the config, and the frozen base if any."""
+        return {"run": self.run.to_json(), "base": self._base()}
 
-    def _place(self, batch: Batch) -> Batch:
+    def _base(self) -> dict[str, str] | None:
+        if not self.frozen:
+            return None
+        return {"source": self.run.model.source, "sum": self._sum}
+
+    def resume(self, store: Store, batches: Batches) -> int:
+        """Go on from the newest good checkpoint; the steps that are done, 0 for none.
+
+        Raises:
+          LclmError: that checkpoint is of another shape or base.
+        """
+        found = store.restore(self.state)
+        if found is None:
+            return 0
+        self.state, about = found
+        batches.set_state(about["data"])
+        return int(self.state.step)
+
+    def begin_from(self, folder: Path, *, optimizer: bool) -> None:
+        """Take the trained parameters of a finished run, and its moments if told."""
+        about = self.about()
+        self.state = begin_from(folder, self.state, about=about, optimizer=optimizer)
+
+    def disk(self, store: Store) -> int:
+        """Bytes that checkpoints (one being written) and the model still need."""
+        kept = store.spec.keep + 1 - len(store.steps())
+        flat = self.frozen | self.state.params
+        model = sum(leaf.nbytes for leaf in flat.values())
+        return max(kept, 1) * state_bytes(self.state) + model
+
+    def fit(
+        self,
+        batches: Batches,
+        folder: Path,
+        observe: Observe,
+        *,
+        store: Store | None = None,
+        holdout: Batches | None = None,
+    ) -> Trained:
+        """Run the steps that are left and record them in `folder`.
+
+        Checkpoints go to `store`, one at the end included. SIGTERM and Ctrl-C end the
+        run after the step it is in.
+
+        Raises:
+          Stopped: a signal ended it; the state is in a checkpoint.
+          LclmError: no step had a finite loss.
+        """
+        began = time.perf_counter()
+        with (
+            Stop() as stop,
+            Records(folder, start=int(self.state.step)) as records,
+            Profile(self.run.profile, folder / "profile") as profile,
+        ):
+            sitting = _Sitting(self, records, observe, store, holdout)
+            sitting.run(batches, profile, stop)
+        done, skipped = int(self.state.step), int(self.state.skipped)
+        if stop.asked is not None and done < self.run.steps:
+            raise Stopped(stop.asked, done)
+        if skipped == self.run.steps:
+            raise LclmError(
+                f"all {self.run.steps} steps had a loss or gradient that is not "
+                "finite: lower optimizer.lr, or train in compute='float32'"
+            )
+        flat = self.frozen | self.state.params
+        return Trained(flat, self.state, time.perf_counter() - began)
+
+    def place(self, batch: Batch) -> Batch:
+        """A batch on the devices."""
         return {name: jax.device_put(array) for name, array in batch.items()}
 
-    def _head(self, done: int) -> dict[str, Any]:
+    def head(self, done: int) -> dict[str, Any]:
         """The first record of a sitting: what runs, on what."""
         device = jax.devices()[0]
         return {
@@ -99,7 +148,8 @@ class Trainer:
             "jax": jax.__version__,
         }
 
-    def _speed(self, done: int, seconds: float) -> dict[str, float]:
+    def speed(self, done: int, seconds: float) -> dict[str, float]:
+        """What follows from the seconds a step took."""
         run, rate = self.run, self.flops / seconds
         found = {
             "lr": float(self.schedule(done - 1)),
@@ -111,3 +161,82 @@ class Trainer:
         if peak:
             found["mfu"] = rate / (peak * jax.device_count())
         return found
+
+
+class _Sitting:
+    """The steps of one process, and what is done between them.
+
+    The device never waits for a record: a logged step is read after the next one has
+    been handed over. Evaluation and checkpoints are not counted into a step's time.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        records: Records,
+        observe: Observe,
+        store: Store | None,
+        holdout: Batches | None,
+    ):
+        self.trainer, self.records, self.observe = trainer, records, observe
+        self.store, self.done = store, int(trainer.state.step)
+        self.look = None
+        if holdout is not None:
+            made = trainer
+            self.look = Holdout(made.run, made.base, made.trunk, holdout)
+        self._unread: tuple[int, Metrics] | None = None
+        self._since, self._mark = self.done, time.perf_counter()
+
+    def run(self, batches: Batches, profile: Profile, stop: Stop) -> None:
+        """Step until the end or a signal; the last state is saved."""
+        made, run = self.trainer, self.trainer.run
+        self.records.write(made.head(self.done))
+        while self.done < run.steps and stop.asked is None:
+            batch = made.place(next(batches))
+            profile.before(self.done + 1)
+            with jax.transfer_guard("disallow"):
+                made.state, told = made.step(made.state, made.frozen, batch)
+            self.done += 1
+            profile.after(self.done, made.state)
+            self._read()
+            if self.done % run.log_every == 0 or self.done in (1, run.steps):
+                self._unread = self.done, told
+            self._between(batches)
+        self._read()
+        if self.store is not None:
+            self.store.save(made.state, batches.get_state())
+            self.store.wait()
+
+    def _between(self, batches: Batches) -> None:
+        """Evaluation and checkpoints that are due, their time taken out."""
+        made, run = self.trainer, self.trainer.run
+        last = self.done == run.steps
+        looks = run.eval_every and (self.done % run.eval_every == 0 or last)
+        saves = self.store is not None and self.store.due(self.done) and not last
+        if not (looks and self.look) and not saves:
+            return
+        self._read()
+        jax.block_until_ready(made.state)
+        began = time.perf_counter()
+        if looks and self.look is not None:
+            found = self.look(made.state.params, made.frozen, made.place)
+            seconds = time.perf_counter() - began
+            event = {"event": "eval", "step": self.done, **found, "seconds": seconds}
+            self.records.write(event)
+        if saves:
+            self.records.sync()
+            self.store.save(made.state, batches.get_state())
+        self._mark += time.perf_counter() - began
+
+    def _read(self) -> None:
+        """Fetch, record and show the logged step that is not yet read."""
+        if self._unread is None:
+            return
+        (step, told), self._unread = self._unread, None
+        record = {k: float(v) for k, v in jax.device_get(told).items()}
+        now = time.perf_counter()
+        seconds = (now - self._mark) / (step - self._since)
+        self._mark, self._since = now, step
+        record = {"step": step, **record, **self.trainer.speed(step, seconds)}
+        self.records.write(record)
+        self.observe(step, record)

@@ -1,9 +1,6 @@
-"""What a run costs and how it goes: arithmetic of a step, peaks of devices, records."""
+"""What a run costs and how it goes: arithmetic of a step, peaks of devices."""
 
-import json
 import math
-from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -66,30 +63,3 @@ def peak_flops(device: jax.Device) -> float | None:
     """bfloat16 peak of a device in FLOP/s; None where it is not in the table."""
     found = [k for k in PEAKS if device.device_kind.startswith(k)]
     return PEAKS[max(found, key=len)] if found else None
-
-
-class Journal:
-    """Records of a run, one JSON object a line; those after a restart are cut off."""
-
-    def __init__(self, path: Path, *, start: int = 0):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # a line that a crash cut short, and what follows it
-                if record.get("step", 0) <= start:
-                    kept.append(line)
-        path.write_text("".join(line + "\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8")
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record and hand it to the system."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
