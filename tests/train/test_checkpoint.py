@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lclm.data.pipeline import Chunks
+from lclm.data.batch import make_batch
 from lclm.errors import LclmError
 from lclm.models.decoder import init_params
 from lclm.models.lora import LoraSpec
@@ -20,7 +20,7 @@ from lclm.train.checkpoint import Store
 from lclm.train.config import Checkpoints, ModelSpec, TrainConfig, train_config
 from lclm.train.loop import Trainer
 from lclm.train.records import read_journal
-from tests.tiny import VOCAB, lively, tiny_config
+from tests.tiny import lively, tiny_config, tokens
 
 CONFIG = tiny_config()
 PARAMS = lively(init_params(CONFIG, jax.random.key(0)))
@@ -42,9 +42,21 @@ LORA = dataclasses.replace(RUN, model=ModelSpec("tiny", lora=LoraSpec(rank=2)))
 TIMES = ("seconds", "tokens_per_second", "tflops", "mfu")
 
 
-def batches():
-    text = np.random.default_rng(3).integers(0, VOCAB, 1000).astype(np.int32)
-    return Chunks(text, batch=2, length=16, seed=0)
+class Counted:
+    """Batches that are a function of their number."""
+
+    def __init__(self):
+        self.next = 0
+
+    def __next__(self):
+        self.next += 1
+        return make_batch(tokens(2, 17, seed=self.next))
+
+    def get_state(self):
+        return {"next": self.next}
+
+    def set_state(self, state):
+        self.next = state["next"]
 
 
 @functools.cache
@@ -67,7 +79,7 @@ def store(folder, made: Trainer, warned: list | None = None) -> Store:
 
 def sit(folder, run: TrainConfig = RUN, *, until: int | None = None, warned=None):
     """One process of a run: resume, step (to `until` and die), state and records."""
-    made, data = trainer(run), batches()
+    made, data = trainer(run), Counted()
     held = store(folder, made, warned)
     made.resume(held, data)
 
@@ -166,7 +178,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(tmp_path, whole, damag
     warned: list[str] = []
     made = trainer()
     held = store(tmp_path, made, warned)
-    assert made.resume(held, batches()) == 2
+    assert made.resume(held, Counted()) == 2
     assert len(warned) == 1 and "checkpoints/4 is damaged" in warned[0]
     same(sit(tmp_path).state, whole[0])
     assert lines(tmp_path) == whole[1]
@@ -213,7 +225,7 @@ def test_another_base_under_the_same_adapters_is_refused(tmp_path):
     other = jax.tree.map(lambda x: x + 1, PARAMS)
     made = Trainer(LORA, CONFIG, other)
     with pytest.raises(LclmError, match="frozen parameters differ"):
-        made.resume(store(tmp_path, made), batches())
+        made.resume(store(tmp_path, made), Counted())
 
 
 def test_a_checkpoint_of_another_shape_is_refused_by_name(tmp_path):
@@ -221,7 +233,7 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(tmp_path):
     run = dataclasses.replace(LORA, model=ModelSpec("tiny", lora=LoraSpec(rank=3)))
     made = Trainer(run, CONFIG, PARAMS)
     with pytest.raises(LclmError, match=r"lora_down is \(2, 2, 32\), expected"):
-        made.resume(store(tmp_path, made), batches())
+        made.resume(store(tmp_path, made), Counted())
 
 
 def test_a_disk_too_small_is_found_before_the_first_step(tmp_path):
