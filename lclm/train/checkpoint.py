@@ -58,6 +58,7 @@ class Store:
         is told to `warn` and loses nothing but this checkpoint.
         """
         self.wait()
+        self._sweep()
         step = int(state.step)
         place = self.folder / str(step)
         if place.exists():
@@ -122,7 +123,7 @@ class Store:
         if jax.process_index() == 0 and self.folder.is_dir():
             for path in self.folder.iterdir():
                 if UNFINISHED.search(path.name):
-                    shutil.rmtree(path)
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _failed(self, step: int, error: Exception) -> None:
         for path in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):

@@ -237,6 +237,6 @@ class _Sitting:
         now = time.perf_counter()
         seconds = (now - self._mark) / (step - self._since)
         self._mark, self._since = now, step
-        record = {"step": step, **record, **self.trainer.speed(step, seconds)}
-        self.records.write(record)
+        record |= self.trainer.speed(step, seconds)
+        self.records.write({"step": step} | record)
         self.observe(step, record)
