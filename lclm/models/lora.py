@@ -42,6 +42,12 @@ def adapters(flat: Params, spec: LoraSpec, key: Array) -> Params:
     LclmError where no path matches.
     """
     chosen = [p for p in flat if any(re.search(on, p) for on in spec.on)]
+    for path in chosen:
+        if not _projection(path, flat[path].ndim):
+            raise LclmError(
+                f"LoRA on {list(spec.on)} matches {path}, which is no matrix of a "
+                "projection: narrow the pattern, or train it whole (model.trains)"
+            )
     if not chosen:
         raise LclmError(
             f"LoRA on {list(spec.on)} matches no parameter; paths look like "
@@ -55,6 +61,14 @@ def adapters(flat: Params, spec: LoraSpec, key: Array) -> Params:
         out[path + DOWN] = jax.random.uniform(one, shape, minval=-bound, maxval=bound)
         out[path + UP] = jnp.zeros((*lead, rows, spec.rank))
     return out
+
+
+def _projection(path: str, axes: int) -> bool:
+    """Whether a parameter is a projection's matrix, or a stack of experts'."""
+    axes -= path.startswith("run_")
+    if re.search(r"/experts/(gate|up|down)$", path):
+        return axes == 3
+    return axes == 2 and path.endswith("/weight")
 
 
 def attach(flat: Params, spec: LoraSpec | None) -> Params:

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from lclm.config import ModelConfig
 from lclm.models.decoder import Decoder, loss_table
 from lclm.models.remat import NO_REMAT, RematSpec
+from lclm.ops.int8 import Int8Weight
 from lclm.ops.loss import token_nll
 from lclm.ops.moe import COLLECTION, aux_loss
+from lclm.ops.packed import PackedWeight
 from lclm.specs import MoeSpec
 from lclm.typing import Array, Batch, Float, Params
 
@@ -67,10 +69,14 @@ class Trunk:
         )
 
     def cast(self, params: Params) -> Params:
-        """Matrices in the type of the activations; vectors stay as they are."""
+        """Dense matrices in the type of the activations; the rest as it is."""
 
-        def narrow(leaf: Array) -> Array:
-            wide = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2
-            return leaf.astype(self.dtype) if wide else leaf
+        def packed(leaf: Any) -> bool:
+            return isinstance(leaf, PackedWeight | Int8Weight)
 
-        return jax.tree.map(narrow, params)
+        def narrow(leaf: Any) -> Any:
+            if packed(leaf) or leaf.ndim < 2:
+                return leaf
+            return leaf.astype(self.dtype)
+
+        return jax.tree.map(narrow, params, is_leaf=packed)

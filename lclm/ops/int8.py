@@ -61,9 +61,8 @@ class Int8Weight:
         return (self.codes.astype(jnp.float32) * self.scale[..., None]).astype(dtype)
 
     def product(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        """float32 x W^T."""
-        y = lax.platform_dependent(x, self.codes, cpu=_by_digits, default=_by_floats)
-        return y * self.scale
+        """float32 x W^T, differentiable in x."""
+        return _product(x, self.codes) * self.scale
 
 
 def quantize(weight: np.ndarray | Array) -> Int8Weight:
@@ -96,6 +95,20 @@ def quantize_params(params: Params, form: str) -> Params:
         else:
             out[name] = leaf
     return out
+
+
+@jax.custom_vjp
+def _product(x: Array, codes: Array) -> Array:
+    return lax.platform_dependent(x, codes, cpu=_by_digits, default=_by_floats)
+
+
+def _product_back(kept: tuple[Array, Array], g: Array) -> tuple[Array, None]:
+    """Rounding of digits passed straight through."""
+    x, codes = kept
+    return jnp.matmul(g, codes.astype(g.dtype)).astype(x.dtype), None
+
+
+_product.defvjp(lambda x, codes: (_product(x, codes), (x, codes)), _product_back)
 
 
 def _by_digits(x: Array, codes: Array) -> Array:

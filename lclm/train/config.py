@@ -13,6 +13,7 @@ from lclm.models.remat import RematSpec
 from lclm.specs import LAID
 
 DTYPES = ("float32", "bfloat16")
+SINKS, HEADS = ("learned", "zero"), ("trained", "frozen")
 SCHEDULES = ("constant", "cosine", "linear", "trapezoid")
 
 
@@ -23,7 +24,11 @@ def _require(ok: bool, text: str) -> None:
 
 @dataclass(frozen=True)
 class Rope:
-    """Changes to the rotary embedding of every attention layer; None leaves a field."""
+    """Changes to the rotary embedding of every attention layer; None leaves a field.
+
+    kind: "linear" (PI), "ntk", "yarn", ...; `factor` and `original` follow from the
+    model's trained length and the new `context` where they are not given.
+    """
 
     kind: str | None = None
     theta: float | None = None
@@ -42,7 +47,11 @@ class ModelSpec:
     "bytes", or a folder with a tokenizer.json. pattern: attention of training only, in
     layers of full attention, `shifted_groups:ratio=0.25`. laid: what static patterns
     are laid on in training, "rows" or "documents" (`AttentionSpec`); None for rows with
-    `pattern` and what the model says without. trains: regular expressions of parameter
+    `pattern` and what the model says without. hybrid: layers changed for good with the
+    weights kept, `longgen`, `longgen_blocks` or `infini` (`lclm.models.convert`). sink:
+    a logit beside the softmax of each head, "learned" or "zero" (arXiv 2309.17453).
+    head: of a tied model whose embedding is trained beside frozen parts, "trained" with
+    it or "frozen" as a matrix of its own. trains: regular expressions of parameter
     paths that are trained, all where empty and no adapters are asked for.
     """
 
@@ -52,6 +61,9 @@ class ModelSpec:
     rope: Rope | None = None
     pattern: str | None = None
     laid: str | None = None
+    hybrid: str | None = None
+    sink: str | None = None
+    head: str | None = None
     lora: LoraSpec | None = None
     trains: tuple[str, ...] = ()
     dtype: str = "float32"
@@ -59,8 +71,10 @@ class ModelSpec:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise unknown("dtype of parameters", self.dtype, DTYPES)
-        if self.laid is not None and self.laid not in LAID:
-            raise unknown("model.laid", self.laid, LAID)
+        for name, known in (("laid", LAID), ("sink", SINKS), ("head", HEADS)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise unknown(f"model.{name}", value, known)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """What a step changes and what it only reads, both flat and keyed by path."""
 
-import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -9,18 +8,34 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lclm.attention import for_length
-from lclm.blocks.attention import layer_mask
-from lclm.config import AttentionSpec, LayerSpec, ModelConfig, Run
+from lclm.config import ModelConfig
 from lclm.errors import LclmError
 from lclm.models.decoder import stack_params, unstack_params
 from lclm.models.lora import adapters, attach, merge
 from lclm.objectives.base import Objective
+from lclm.ops.int8 import Int8Weight
+from lclm.ops.packed import PackedWeight
 from lclm.train.config import ModelSpec, TrainConfig
+from lclm.train.shape import fitted, reshaped, training_config
 from lclm.tree import flatten, nest
 from lclm.typing import Array, Leaf, Params
 
 OWN = "objective/"
+PACKED = (PackedWeight, Int8Weight)
+
+__all__ = [
+    "OWN",
+    "TrainState",
+    "count",
+    "final_params",
+    "is_finite",
+    "model_params",
+    "own_params",
+    "reshaped",
+    "start",
+    "training_config",
+    "zeros_like",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -38,65 +53,6 @@ class TrainState:
     opt: Any
 
 
-def training_config(config: ModelConfig, spec: ModelSpec, length: int) -> ModelConfig:
-    """The model as it is trained on rows of `length`: reshaped, pattern of training."""
-    config = reshaped(config, spec)
-    if spec.pattern is not None:
-        config = _with_pattern(config, spec, length)
-    if spec.laid is not None:
-        laid = spec.laid
-        config = _map_attention(config, lambda m: dataclasses.replace(m, laid=laid))
-    return config
-
-
-def reshaped(config: ModelConfig, spec: ModelSpec) -> ModelConfig:
-    """The model as it will be used: with the run's rotary embedding and context."""
-    if spec.rope is None:
-        return config
-    told = {k: v for k, v in dataclasses.asdict(spec.rope).items() if v is not None}
-
-    def change(mixer: AttentionSpec) -> AttentionSpec:
-        if mixer.rope is None:
-            return mixer
-        return dataclasses.replace(mixer, rope=dataclasses.replace(mixer.rope, **told))
-
-    context = told.get("context", config.context)
-    return dataclasses.replace(_map_attention(config, change), context=context)
-
-
-def _with_pattern(config: ModelConfig, spec: ModelSpec, length: int) -> ModelConfig:
-    """The pattern of training in every layer of full attention."""
-    assert spec.pattern is not None
-    pattern = for_length(spec.pattern, length)
-
-    def change(mixer: AttentionSpec) -> AttentionSpec:
-        if mixer.window is not None or mixer.static:
-            return mixer
-        return dataclasses.replace(mixer, pattern=pattern, laid="rows")
-
-    changed = _map_attention(config, change)
-    if changed == config:
-        raise LclmError(
-            f"model.pattern {spec.pattern!r}: the model has no layer of full attention"
-        )
-    for layer in changed.layers:
-        if isinstance(layer.mixer, AttentionSpec):
-            layer_mask(layer.mixer)
-    return changed
-
-
-def _map_attention(config: ModelConfig, change) -> ModelConfig:
-    def layer(spec: LayerSpec) -> LayerSpec:
-        if not isinstance(spec.mixer, AttentionSpec):
-            return spec
-        return dataclasses.replace(spec, mixer=change(spec.mixer))
-
-    stack = tuple(
-        Run(tuple(layer(s) for s in run.group), run.repeats) for run in config.stack
-    )
-    return dataclasses.replace(config, stack=stack)
-
-
 def start(
     run: TrainConfig,
     config: ModelConfig,
@@ -106,17 +62,21 @@ def start(
 ) -> tuple[TrainState, Params]:
     """The state before the first step, and the parameters that stay as they are.
 
-    `params` are the model's, per layer; trained ones are copied, so that a step may
-    write over them. Raises LclmError where `trains` matches nothing.
+    `params` are those of the model the run starts from, per layer; trained ones are
+    copied, so that a step may write over them; packed ones stay packed, and are frozen.
+    Raises LclmError where `trains` matches nothing, or what cannot be trained.
     """
     key = jax.random.key(run.seed)
     dtype = jnp.dtype(run.model.dtype)
-    tree = stack_params(config, params) if run.scan else params
-    flat = {p: jnp.asarray(leaf, dtype) for p, leaf in flatten(tree).items()}
+    tree = fitted(config, params)
+    tree = _stacked(config, tree) if run.scan else tree
+    flat = {p: _stored(leaf, dtype) for p, leaf in flatten(tree).items()}
     extra = {OWN + p: v for p, v in objective.init(config, key).items()}
     if run.model.lora is not None:
         extra |= adapters(flat, run.model.lora, jax.random.fold_in(key, 1))
     trained = set(extra) | set(_chosen(run.model, flat, bool(extra)))
+    if extra or run.model.trains:
+        _check_tied(run.model, config, trained)
     flat |= extra
     own = {p: jnp.array(v, copy=True) for p, v in flat.items() if p in trained}
     frozen = {p: v for p, v in flat.items() if p not in trained}
@@ -124,7 +84,44 @@ def start(
     return TrainState(step, skipped, own, tx.init(own)), frozen
 
 
+def _stored(leaf: Any, dtype: Any) -> Any:
+    return leaf if isinstance(leaf, PACKED) else jnp.asarray(leaf, dtype)
+
+
+def _stacked(config: ModelConfig, params: Params) -> Params:
+    try:
+        return stack_params(config, params)
+    except ValueError as error:
+        raise LclmError(
+            "the layers' weights are stored in forms that differ from layer to layer "
+            f"({error}): set scan=False"
+        ) from None
+
+
+def _check_tied(spec: ModelSpec, config: ModelConfig, trained: set[str]) -> None:
+    if config.tied and "embed/table" in trained and spec.head is None:
+        raise LclmError(
+            "trains matches embed/table, which is the output matrix too (the model is "
+            "tied): set model.head='trained' to train both as one, or 'frozen' for an "
+            "output matrix of its own that stays as it is"
+        )
+
+
 def _chosen(spec: ModelSpec, flat: Params, extra: bool) -> list[str]:
+    """Paths of the model's own parameters that are trained."""
+    paths = _matching(spec, flat, extra)
+    if spec.sink == "zero":
+        paths = [p for p in paths if not p.endswith("attn/sink")]
+    for path in paths:
+        if isinstance(flat[path], PACKED):
+            raise LclmError(
+                f"{path} is packed and cannot be trained: train adapters on it "
+                "(model.lora), or load the model dense"
+            )
+    return paths
+
+
+def _matching(spec: ModelSpec, flat: Params, extra: bool) -> list[str]:
     if not spec.trains:
         return [] if extra else list(flat)
     for pattern in spec.trains:
