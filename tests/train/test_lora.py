@@ -87,13 +87,11 @@ CASES = {
 }
 
 
-SLOW = [
-    n if n == "attention" else pytest.param(n, marks=pytest.mark.slow) for n in CASES
-]
+SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "attention"]
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", ["attention", *SLOW])
 def test_zero_up_is_the_base_and_merged_is_attached(name, scan):
     config, on = CASES[name]
     made = Trainer(run_of(scan, on=on), config, params_of(config))

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lclm.blocks.attention import dense_attention
+from lclm.cache.base import Heads
+from lclm.cache.step import make_step
 from lclm.config import from_dict, to_dict
 from lclm.errors import LclmError
 from lclm.hub.bundle import Bundle
@@ -96,18 +99,23 @@ def test_position_interpolation_is_the_base_at_shrunk_positions():
     assert np.abs(far - out).max() > 1e-3
 
 
-def test_longgen_keeps_weights_and_rope_and_the_middle_third_full():
-    for name, sparse in (("longgen:sinks=4,window=8", "window"),
-                         ("longgen_blocks:block=8,local=2,stride=4", "pattern")):  # fmt: skip
-        config = reshaped(DEEP, ModelSpec("x", hybrid=name))
-        kinds = [getattr(s.mixer, sparse) is not None for s in config.layers]
-        assert kinds == [True, True, False, False, True, True]
-        assert {s.mixer.rope for s in config.layers} == {DEEP.layers[0].mixer.rope}
-        assert from_dict(type(config), to_dict(config)) == config
-        params = params_of(DEEP)
-        assert jax.tree.structure(fitted(config, params)) == jax.tree.structure(params)
-        got = hidden(config, params)
-        assert np.abs(got - hidden(DEEP, params)).max() > 1e-3
+@pytest.mark.parametrize(
+    ("name", "sparse"),
+    [
+        ("longgen:sinks=4,window=8", "window"),
+        ("longgen_blocks:block=8,local=2,stride=4", "pattern"),
+    ],
+)
+def test_longgen_keeps_weights_and_the_middle_third_full(name, sparse):
+    config = reshaped(DEEP, ModelSpec("x", hybrid=name))
+    kinds = [getattr(s.mixer, sparse) is not None for s in config.layers]
+    assert kinds == [True, True, False, False, True, True]
+    assert {s.mixer.rope for s in config.layers} == {DEEP.layers[0].mixer.rope}
+    assert from_dict(type(config), to_dict(config)) == config
+    params = params_of(DEEP)
+    assert jax.tree.structure(fitted(config, params)) == jax.tree.structure(params)
+    got = hidden(config, params)
+    assert np.abs(got - hidden(DEEP, params)).max() > 1e-3
 
 
 def test_longgen_with_everything_in_sight_is_the_base():
@@ -136,10 +144,6 @@ def test_a_zero_sink_is_a_key_and_value_of_zeros_and_never_moves():
     assert "layers_0/attn/sink" in learned.state.params
     one = dataclasses.replace(config.layers[0].mixer, rope=None)
     assert one.sink
-    from lclm.blocks.attention import dense_attention
-    from lclm.cache.base import Heads
-    from lclm.cache.step import make_step
-
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, (1, 6, 4, 8)) for key in keys)
     spec = dataclasses.replace(one, kv_heads=4)
