@@ -34,7 +34,9 @@ class HfFamily:
     rename: Callable[[str], str] = str
 
 
-def _same_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _same_shape(
+    path: str, shape: tuple[int, ...], config: ModelConfig
+) -> tuple[int, ...]:
     return shape
 
 
@@ -47,13 +49,13 @@ class GgufFamily:
     """One GGUF `general.architecture`.
 
     `config(file)` reads the metadata; `names(config)` gives the tensor of each path.
-    `shape(path, shape)` is the stored shape of a parameter and `values(path, stored)`
-    undoes what the file's writer did to its float values.
+    `shape(path, shape, config)` is the stored shape of a parameter and
+    `values(path, stored)` undoes what the file's writer did to its float values.
     """
 
     config: Callable[[GgufFile], ModelConfig] | None = None
     names: Callable[[ModelConfig], dict[str, str]] | None = None
-    shape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = _same_shape
+    shape: Callable[[str, tuple[int, ...], ModelConfig], tuple[int, ...]] = _same_shape
     values: Callable[[str, np.ndarray], np.ndarray] = _same_values
 
 
@@ -71,6 +73,7 @@ GGUF = Table(
     "GGUF architecture",
     {
         "mamba": Entry("lclm.hub.gguf_mamba:FAMILY", "Mamba-1"),
+        "mamba2": Entry("lclm.hub.gguf_mamba2:FAMILY", "Mamba-2"),
         "jamba": Entry("lclm.hub.gguf_jamba:FAMILY", "attention, Mamba and experts"),
     },
 )

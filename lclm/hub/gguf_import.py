@@ -98,7 +98,7 @@ def load_gguf(
     shapes = param_shapes(config)
     check_shapes(
         {n: t.shape for n, t in file.tensors.items() if n not in _IGNORED},
-        {names[p]: family.shape(p, shape) for p, shape in shapes.items()},
+        {names[p]: family.shape(p, s, config) for p, s in shapes.items()},
         str(path),
     )
     bits = PACKED.get(packed) if packed else None

@@ -77,7 +77,7 @@ def names(model: ModelConfig) -> dict[str, str]:
     return layer_names(param_shapes(model), TOP, layer, "blk.{}.")
 
 
-def shape(path: str, ours: tuple[int, ...]) -> tuple[int, ...]:
+def shape(path: str, ours: tuple[int, ...], model: ModelConfig) -> tuple[int, ...]:
     """The stored shape: convolutions without their middle axis."""
     return (ours[0], ours[2]) if path.endswith("conv/weight") else ours
 

@@ -1,7 +1,9 @@
 """Mamba-2 folders: gradients of transformers, exact round trips, refusals."""
 
+import dataclasses
 import json
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,10 @@ from safetensors.numpy import load_file
 import lclm
 from lclm.errors import LclmError
 from lclm.hub.hf_config import config_from_hf, config_to_hf
+from lclm.hub.names import gguf_names
 from lclm.models.decoder import Decoder, unembed
 from lclm.models.presets import PRESETS, preset
+from lclm.tree import flatten
 
 FOLDERS = ("mamba2", "mamba2_groups", "mamba2_limit")
 
@@ -100,3 +104,63 @@ def test_missing_and_extra_tensors_are_all_listed(hf_folder):
         lclm.load(folder)
     for layer in (0, 1):
         assert f"backbone.layers.{layer}.mixer.in_proj.bias" in str(caught.value)
+
+
+def write_gguf(path, lm, heads=None):
+    """The model as llama.cpp's converter stores it; gives the stored tensors."""
+    config, spec = lm.config, lm.config.layers[0].mixer
+    names, stored = gguf_names(config), {}
+    writer = gguf.GGUFWriter(path, "mamba2")
+    writer.add_block_count(len(config.layers))
+    writer.add_context_length(config.context)
+    writer.add_embedding_length(config.width)
+    writer.add_layer_norm_rms_eps(config.norm.eps)
+    writer.add_ssm_conv_kernel(spec.conv)
+    writer.add_ssm_inner_size(spec.inner)
+    writer.add_ssm_state_size(spec.state)
+    writer.add_ssm_time_step_rank(heads or spec.heads)
+    writer.add_ssm_group_count(spec.groups)
+    for key, value in flatten(lm.params).items():
+        value = np.asarray(value)
+        if key.endswith("a_log"):
+            value = -np.exp(value)[:, None]
+        elif key.endswith("mamba2/d"):
+            value = value[:, None]
+        elif key.endswith("mamba2/norm/scale"):
+            value = value.reshape(spec.groups, -1)
+        elif key.endswith("conv/weight"):
+            value = value.squeeze()
+        stored[names[key]] = value
+        writer.add_tensor(names[key], value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return stored
+
+
+@pytest.mark.parametrize("name", ["mamba2", "mamba2_groups"])
+def test_gguf_gives_the_weights_of_hugging_face(tmp_path, name):
+    lm, path = lclm.load(GOLDEN / name), tmp_path / "m.gguf"
+    stored = write_gguf(path, lm)
+    read = lclm.load(path)
+    mixer, other = (each.config.layers[0].mixer for each in (read, lm))
+    assert dataclasses.replace(mixer, chunk=other.chunk) == other
+    assert read.config.tied == lm.config.tied
+    want = flatten(lm.params)
+    for key, value in flatten(read.params).items():
+        bound = 1e-6 if key.endswith("a_log") else 0
+        np.testing.assert_allclose(value, want[key], atol=bound)
+    known = set(gguf.TENSOR_NAMES.values())
+    for tensor in stored:
+        block = tensor.removesuffix(".weight").removesuffix(".bias")
+        assert (
+            block.replace("blk.0", "blk.{bid}").replace("blk.1", "blk.{bid}") in known
+        )
+
+
+def test_gguf_heads_that_do_not_divide_are_refused(tmp_path):
+    lm, path = lclm.load(GOLDEN / "mamba2"), tmp_path / "m.gguf"
+    write_gguf(path, lm, heads=7)
+    with pytest.raises(LclmError, match=r"inner_size is 64, no multiple .* 7"):
+        lclm.load(path)
