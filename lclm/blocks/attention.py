@@ -1,7 +1,7 @@
 """Grouped-query softmax attention: one function for training, prefill and decoding."""
 
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -51,6 +51,20 @@ class Projection(nn.Module):
         return linear(x, weight, bias)
 
 
+class Probe(Protocol):
+    """What an objective does inside each attention layer, in place of its attention.
+
+    A pytree. Parameters it was given for the layer are `layer.get_variable("params",
+    "probe")`; what it sows in the collection "probe" comes back to the objective.
+    """
+
+    def __call__(
+        self, layer: "Attention", heads: Heads, step: Step, sink: Array | None
+    ) -> Float[Array, "B T N H"]:
+        """The output of the layer's heads."""
+        ...
+
+
 class Attention(nn.Module):
     """The attention mixer of one layer.
 
@@ -73,7 +87,9 @@ class Attention(nn.Module):
         sink = None
         if spec.sink:
             sink = self.param("sink", nn.initializers.zeros, (spec.heads,))
-        if cache is None:
+        if step.probe is not None:
+            out = step.probe(self, heads, step, sink)
+        elif cache is None:
             out = dense_attention(heads, step, spec, sink)
         else:
             layer = Layer(self.index, spec, layer_mask(spec) if spec.static else None)

@@ -23,6 +23,7 @@ class Step:
     length: int32 [B], row length dynamic RoPE types resolve with; None: longest seen.
     far: tables of a policy's second query positions, in the order of `tables`.
     policy: parameters a cache policy brought (retaining heads, gates), per layer index.
+    probe: what looks into attention layers in their place, in training (`Probe`).
     weigh: this call only gathers evidence (a catalyst): caches keep no token of it.
     """
 
@@ -33,6 +34,7 @@ class Step:
     tables: tuple[tuple[Leaf, Leaf], ...]
     far: tuple[tuple[Leaf, Leaf], ...] | None
     policy: Any
+    probe: Any = dataclasses.field(default=None, kw_only=True)
     keys: tuple[tuple[RopeSpec, int], ...] = dataclasses.field(
         metadata={"static": True}
     )

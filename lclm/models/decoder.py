@@ -1,5 +1,6 @@
 """The only model: an embedding, a stack of layers described by data, a norm, a head."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -91,6 +92,7 @@ class Decoder(nn.Module):
         length: Int[Array, " B"] | None = None,
         policy_params: Any = None,
         weigh: bool = False,
+        probe: Any = None,
     ) -> tuple[Float[Array, "B T D"], Caches | None]:
         config = self.config
         if positions is None:
@@ -106,6 +108,7 @@ class Decoder(nn.Module):
             exact=self.policy is not None and self.policy.exact_angles,
             weigh=weigh,
         )
+        step = dataclasses.replace(step, probe=probe)
         residual = jnp.float32 if config.residual_float32 else self.dtype
         x = Table(config, name="embed")(tokens, residual)
         if not config.tied:
@@ -140,7 +143,7 @@ class Decoder(nn.Module):
         for r, run in enumerate(self.config.stack):
             stacked = nn.scan(
                 group,
-                variable_axes={"params": 0, "router": 0},
+                variable_axes={"params": 0, "router": 0, "probe": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
                 length=run.repeats,

@@ -6,8 +6,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lclm.config import ModelConfig
+from lclm.config import AttentionSpec, ModelConfig
 from lclm.models.decoder import Decoder, loss_table
 from lclm.models.remat import NO_REMAT, RematSpec
 from lclm.ops.int8 import Int8Weight
@@ -15,6 +16,7 @@ from lclm.ops.loss import token_nll
 from lclm.ops.moe import COLLECTION, aux_loss
 from lclm.ops.packed import PackedWeight
 from lclm.specs import MoeSpec
+from lclm.tree import flatten
 from lclm.typing import Array, Batch, Float, Params
 
 
@@ -55,6 +57,26 @@ class Trunk:
         )
         return hidden, aux_loss(sown[COLLECTION], batch["positions"] >= 0)
 
+    def probed(
+        self, params: Params, batch: Batch, probe: Any, own: Params
+    ) -> tuple[Float[Array, "B T D"], Params]:
+        """Final hidden states under a probe (`lclm.blocks.attention.Probe`).
+
+        `own` holds the probe's parameters, [attention layers, ...] each, which keep
+        their type. Also returns what was sown under each name, summed over layers.
+        """
+        inputs = (batch["tokens"], batch["positions"], batch["segments"])
+        tree = self.cast({k: v for k, v in params.items() if k != "objective"})
+        tree = _with_probe(self.config, tree, own, scan=self.scan)
+        (hidden, _), sown = self.decoder().apply(
+            {"params": tree}, *inputs, probe=probe, mutable=["probe", COLLECTION]
+        )
+        sums: dict[str, Any] = {}
+        for path, values in flatten(dict(sown.get("probe", {}))).items():
+            name = path.split("/")[-1]
+            sums[name] = sums.get(name, 0.0) + sum(jnp.sum(v) for v in values)
+        return hidden, sums
+
     def token_nll(
         self, params: Params, hidden: Float[Array, "B T D"], batch: Batch
     ) -> Float[Array, "B T"]:
@@ -80,3 +102,32 @@ class Trunk:
             return leaf.astype(self.dtype)
 
         return jax.tree.map(narrow, params, is_leaf=packed)
+
+
+def _with_probe(
+    config: ModelConfig, params: Params, own: Params, *, scan: bool
+) -> Params:
+    """Parameters with each attention layer's part of `own` beside its projections."""
+    mixers = [isinstance(s.mixer, AttentionSpec) for s in config.layers]
+    index = np.cumsum(mixers) - 1
+    out = dict(params)
+
+    def put(block: Params, at: Any) -> Params:
+        part = jax.tree.map(lambda leaf: leaf[at], own)
+        return block | {"attn": block["attn"] | {"probe": part}}
+
+    if not scan:
+        for i in np.flatnonzero(mixers):
+            out[f"layers_{i}"] = put(out[f"layers_{i}"], int(index[i]))
+        return out
+    first = 0
+    for r, run in enumerate(config.stack):
+        size = len(run.group)
+        blocks = dict(out[f"run_{r}"])
+        for j, spec in enumerate(run.group):
+            if isinstance(spec.mixer, AttentionSpec):
+                at = index[first + j + size * np.arange(run.repeats)]
+                blocks[f"block_{j}"] = put(blocks[f"block_{j}"], at)
+        out[f"run_{r}"] = blocks
+        first += size * run.repeats
+    return out

@@ -13,6 +13,14 @@ OBJECTIVES = Table(
             "lclm.objectives.next_token:NextToken",
             "cross-entropy of the next token, balance loss of experts included",
         ),
+        "duo_gates": Entry(
+            "lclm.objectives.duo_gates:DuoGates",
+            "which kv heads need the whole text (DuoAttention, 2410.10819)",
+        ),
+        "locret_heads": Entry(
+            "lclm.objectives.locret_heads:LocretHeads",
+            "which tokens answers will look at (Locret, 2410.01805)",
+        ),
     },
 )
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from lclm.config import ModelConfig
+from lclm.config import AttentionSpec, ModelConfig
+from lclm.errors import LclmError
 from lclm.models.trunk import Trunk
 from lclm.typing import Array, Batch, Float, Params
 
@@ -49,3 +50,24 @@ class Objective(Protocol):
     def project(self, params: Params) -> Params:
         """Trained parameters brought back into their range after an update."""
         ...
+
+
+def full_attention(config: ModelConfig, name: str) -> tuple[int, AttentionSpec]:
+    """The number of attention layers, and the first one's spec.
+
+    Raises LclmError unless there is one, all see everything, and their heads agree.
+    """
+    specs = [s.mixer for s in config.layers if isinstance(s.mixer, AttentionSpec)]
+    if not specs:
+        raise LclmError(f"objective {name}: the model has no attention layer")
+    first = specs[0]
+    for spec in specs:
+        if spec.window is not None or spec.static:
+            raise LclmError(
+                f"objective {name} over a layer with window={spec.window}, "
+                f"pattern={spec.pattern!r}: it needs full attention in every layer"
+            )
+        shape = (spec.heads, spec.kv_heads, spec.head_dim)
+        if shape != (first.heads, first.kv_heads, first.head_dim):
+            raise LclmError(f"objective {name}: attention layers differ in their heads")
+    return len(specs), first
