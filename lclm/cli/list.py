@@ -18,6 +18,9 @@ TABLES = Table(
         "patterns": Entry("lclm.attention:PATTERNS", "which keys a query sees"),
         "mixers": Entry("lclm.blocks:MIXERS", "how tokens mix"),
         "feed-forwards": Entry("lclm.blocks:FEED_FORWARDS", "what follows the mixer"),
+        "texts": Entry("lclm.data.sources:SOURCES", "single texts to read"),
+        "documents": Entry("lclm.data.documents:DOCUMENTS", "sources to train on"),
+        "synthetic": Entry("lclm.data.documents:SYNTHETIC", "made-up tasks"),
         "evals": Entry("lclm.evals:EVALS", "what can be measured"),
     },
 )

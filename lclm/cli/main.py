@@ -12,6 +12,7 @@ COMMANDS = Table(
     {
         "run": Entry("lclm.cli.run:main", "run a config: --config=configs/demo.py"),
         "train": Entry("lclm.cli.train:main", "train a config: configs/smoke.py"),
+        "data": Entry("lclm.cli.data:main", "tokenise, list, show, count: build ..."),
         "pull": Entry("lclm.cli.pull:main", "fetch a known model into the cache"),
         "list": Entry("lclm.cli.list:main", "what there is: models, caches, evals"),
         "generate": Entry("lclm.cli.generate:main", "continue a prompt"),

@@ -72,29 +72,49 @@ DOCUMENTS = Table(
     },
 )
 
+SYNTHETIC = Table(
+    "synthetic source",
+    {
+        "passkeys": Entry(
+            "lclm.data.synthetic:passkeys", "keys hidden in a book (book=, keys=, ...)"
+        ),
+    },
+)
+
 
 def check(source: str) -> None:
     """Raise what is wrong with a source's name, options or path; reads no text."""
+    load, options = sources.bind(_all(), source)
+    if kind_of(source) == "synthetic":
+        check(load(**options)["book"])
+
+
+def kind_of(source: str) -> str:
+    """text, documents or synthetic: which table a source is in."""
     name = source.partition(":")[0]
-    if name in sources.SOURCES.entries:
-        sources.check(source)
-    else:
-        sources.bind(_all(), source)
+    if name in SYNTHETIC.entries:
+        return "synthetic"
+    return "text" if name in sources.SOURCES.entries else "documents"
 
 
 def read_documents(source: str) -> Iterator[Document]:
     """The documents of a source, always in the same order; a text is one document."""
-    name = source.partition(":")[0]
-    if name in sources.SOURCES.entries:
+    kind = kind_of(source)
+    if kind == "text":
         yield Document(source, sources.read(source))
         return
+    if kind == "synthetic":
+        raise LclmError(
+            f"{source!r} makes rows, not documents: use it in a mixture, not as a text"
+        )
     load, options = sources.bind(_all(), source)
     yield from load(**options)
 
 
 def _all() -> Table:
-    """Both tables, so that an unknown name is told of every known one."""
-    return Table("source", sources.SOURCES.entries | DOCUMENTS.entries)
+    """Every table, so that an unknown name is told of all known ones."""
+    tables = (sources.SOURCES, DOCUMENTS, SYNTHETIC)
+    return Table("source", {k: e for table in tables for k, e in table.entries.items()})
 
 
 def decoded(name: str, raw: bytes) -> Document:

@@ -12,10 +12,11 @@ import numpy as np
 
 from lclm.data import sources
 from lclm.data.batch import make_batch
-from lclm.data.documents import check, read_documents
+from lclm.data.documents import SYNTHETIC, check, kind_of, read_documents
 from lclm.data.packing import PACKINGS, plan_rows
 from lclm.data.rows import Documents, InMemory, Packed, Row
 from lclm.data.store import UNDECODABLE, Observe, open_store
+from lclm.data.synthetic import Haystack, haystack
 from lclm.data.tokens import text_hash, tokenise
 from lclm.errors import LclmError, unknown
 from lclm.typing import Batch
@@ -246,7 +247,11 @@ def open_documents(
     spec: DataSpec, source: str, tokenizer: Any, observe: Observe | None = None
 ) -> Documents:
     """A source's tokens: a single text in memory, documents from their store."""
-    if source.partition(":")[0] not in sources.SOURCES.entries:
+    kind = kind_of(source)
+    if kind == "synthetic":
+        load, options = sources.bind(SYNTHETIC, source)
+        return haystack(load(**options), tokenizer)
+    if kind == "documents":
         return open_store(
             source,
             tokenizer,
@@ -288,12 +293,14 @@ def rows_of(
     length: int,
     seed: int,
     held: np.ndarray,
-) -> Packed:
+) -> Sequence[Row]:
     """The rows of one part, without what is held out."""
     sizes = documents.lengths
     longest = math.inf if part.longest is None else part.longest
     fits = (sizes >= part.shortest) & (sizes <= longest)
     docs = np.flatnonzero(fits & ~np.isin(documents.hashes, held))
+    if isinstance(documents, Haystack):
+        return documents.rows(length, seed=seed, docs=docs)
     plan = plan_rows(
         sizes, length, packing=spec.packing, seed=seed, docs=docs, cut=part.cut
     )

@@ -52,17 +52,17 @@ class Packed(Sequence):
     """The rows of a plan, read when they are asked for; `pad` fills their ends."""
 
     def __init__(self, documents: Documents, plan: Plan, *, pad: int = 0):
-        self._documents, self._plan, self._pad = documents, plan, pad
+        self._documents, self.plan, self._pad = documents, plan, pad
 
     def __len__(self) -> int:
-        return len(self._plan)
+        return len(self.plan)
 
     def __getitem__(self, row: int) -> Row:
-        size = self._plan.length + 1
+        size = self.plan.length + 1
         tokens = np.full(size, self._pad, np.int32)
         segments, mask = np.zeros(size, np.int32), np.zeros(size, np.uint8)
         at = 0
-        for i, (doc, start, count) in enumerate(self._plan.spans(row)):
+        for i, (doc, start, count) in enumerate(self.plan.spans(row)):
             to = slice(at, at + count)
             tokens[to], mask[to] = self._documents.read(doc, start, count)
             segments[to] = i + 1
