@@ -37,28 +37,32 @@ def load(
     mesh: Any = None,
     packed: str | None = None,
     quantize: str | None = None,
+    adapter: str | Path | None = None,
 ) -> "LanguageModel":
     """Load a known name, a Hugging Face folder, a .gguf file or an lclm checkpoint.
 
     dtype: "float32" or "bfloat16", of the weights and the cache. packed: "int8" or
     "int4" keeps GGUF weights as they are shipped. quantize: "int8" rounds every matrix
     to int8 rows, the fast form of decoding on a CPU and half the memory of bfloat16;
-    norms stay as they are. mesh: a `jax.sharding.Mesh` to place
-    the weights on; None leaves them on the default device.
+    norms stay as they are. adapter: a folder of a LoRA adapter of this model (ours or
+    PEFT's), merged into its weights or, where they are packed, laid beside them. mesh:
+    a `jax.sharding.Mesh` to place the weights on; None leaves them on the default
+    device.
     """
     if dtype not in DTYPES:
         raise LclmError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
-    if quantize is None:
-        bundle = hub.load(source, dtype=DTYPES[dtype], packed=packed)
-        params = bundle.params
-    elif packed is None:
-        bundle = hub.load(source, dtype=jnp.float32)
-        params = quantize_params(bundle.params, quantize)
-    else:
+    if quantize is not None and packed is not None:
         raise LclmError(
             f"packed={packed!r} keeps weights as shipped and quantize={quantize!r} "
             "rounds them anew: give one of the two"
         )
+    wide = jnp.float32 if quantize else DTYPES[dtype]
+    bundle = hub.load(source, dtype=wide, packed=packed)
+    if adapter is not None:
+        bundle = hub.with_adapter(bundle, adapter)
+    params = bundle.params
+    if quantize is not None:
+        params = quantize_params(params, quantize)
     params = jax.tree.map(jnp.asarray, params)
     if mesh is not None:
         from lclm import sharding

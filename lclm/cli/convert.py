@@ -20,6 +20,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--dtype", choices=options.DTYPES, help="default: as the source stores it"
     )
+    parser.add_argument("--adapter", help="folder of a LoRA adapter to merge first")
     args = parser.parse_args(argv)
     out = Path(args.folder)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -34,6 +35,8 @@ def main(argv: Sequence[str]) -> None:
     write = {"hf": hub.save_hf, "orbax": hub.save_orbax}[args.format]
     dtype = getattr(jnp, args.dtype) if args.dtype else None
     bundle = hub.load(args.model, dtype=dtype)
+    if args.adapter:
+        bundle = hub.with_adapter(bundle, args.adapter)
     out.parent.mkdir(parents=True, exist_ok=True)
     half = out.with_name(out.name + ".part")
     shutil.rmtree(half, ignore_errors=True)

@@ -36,6 +36,7 @@ def model_options(parser: Parser) -> None:
     parser.add_argument(
         "--quantize", choices=("int8",), help="round matrices: fastest on a CPU"
     )
+    parser.add_argument("--adapter", help="folder of a LoRA adapter of this model")
 
 
 def cache_options(parser: Parser) -> None:
@@ -72,7 +73,11 @@ def load(args: argparse.Namespace) -> "LanguageModel":
     import lclm
 
     return lclm.load(
-        args.model, dtype=args.dtype, packed=args.packed, quantize=args.quantize
+        args.model,
+        dtype=args.dtype,
+        packed=args.packed,
+        quantize=args.quantize,
+        adapter=args.adapter,
     )
 
 

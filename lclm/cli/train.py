@@ -144,14 +144,19 @@ def _open(run: Any, bundle: Any) -> tuple[Any, Any]:
 def _export(run: Any, trainer: Any, trained: Any, bundle: Any, folder: Path) -> Path:
     """Write model/ last: where it is, the run is finished."""
     from lclm import hub
+    from lclm.hub.adapter import save_adapter
     from lclm.hub.bundle import Bundle
-    from lclm.train.state import final_params, reshaped
+    from lclm.train.state import final_params, reshaped, trained_params
 
     config = reshaped(bundle.config, run.model)
     params = final_params(run, trainer.config, trained.params)
     half, target = folder / "model.part", folder / "model"
     shutil.rmtree(half, ignore_errors=True)
     try:
+        if run.model.lora is not None:
+            own = trained_params(run, trainer.config, trained.state.params)
+            told = dict(config=config, spec=run.model.lora, base=run.model.source)
+            save_adapter(folder / "adapter", own, **told)
         hub.save_orbax(half, Bundle(config, params, bundle.tokenizer, run.name))
         half.rename(target)
     except Exception as error:

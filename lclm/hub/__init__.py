@@ -20,6 +20,7 @@ __all__ = [
     "pull",
     "save_hf",
     "save_orbax",
+    "with_adapter",
 ]
 
 
@@ -83,6 +84,13 @@ def save_orbax(folder: str | Path, bundle: Bundle) -> None:
     from lclm.hub.checkpoint import save_orbax as write
 
     write(folder, bundle)
+
+
+def with_adapter(bundle: Bundle, folder: str | Path) -> Bundle:
+    """The model with the LoRA adapter of a folder, merged or beside packed weights."""
+    from lclm.hub.adapter import with_adapter as apply
+
+    return apply(bundle, folder)
 
 
 def _locate(source: str | Path) -> Path:

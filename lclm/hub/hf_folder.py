@@ -19,6 +19,7 @@ from lclm.hub.names import hf_names, param_shapes
 from lclm.hub.safetensors_io import INDEX, SHARD_BYTES, TensorFolder, write_tensors
 from lclm.hub.tokenizer_files import read_tokenizer, write_tokenizer
 from lclm.ops.int8 import Int8Weight
+from lclm.ops.lora import LoraWeight
 from lclm.ops.packed import PackedWeight
 from lclm.tree import flatten, nest
 
@@ -107,7 +108,8 @@ def save_hf(
 def dense(bundle: Bundle) -> dict[str, Any]:
     """The parameters by path, complete and unpacked, or an `LclmError`."""
     flat = flatten(bundle.params)
-    packed = [p for p, w in flat.items() if isinstance(w, PackedWeight | Int8Weight)]
+    loose = PackedWeight | Int8Weight | LoraWeight
+    packed = [p for p, w in flat.items() if isinstance(w, loose)]
     if packed:
         raise LclmError(
             f"{len(packed)} weights are packed ({packed[0]}, ...): load the model with "

@@ -151,6 +151,18 @@ def final_params(run: TrainConfig, config: ModelConfig, flat: Params) -> Params:
     return unstack_params(config, tree) if run.scan else tree
 
 
+def trained_params(run: TrainConfig, config: ModelConfig, trained: Params) -> Params:
+    """Trained parameters alone, flat and per layer, adapters as they are."""
+    tree = nest({p: v for p, v in trained.items() if not p.startswith(OWN)})
+    if not run.scan:
+        return flatten(tree)
+    for r, part in enumerate(config.stack):
+        blocks = tree.setdefault(f"run_{r}", {})
+        for j in range(len(part.group)):
+            blocks.setdefault(f"block_{j}", {})
+    return flatten(unstack_params(config, tree))
+
+
 def count(params: Params) -> int:
     """Numbers in a tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -15,9 +15,11 @@ import pytest
 from rich.console import Console
 
 import lclm
+from lclm.cli.config_file import read_config
 from lclm.cli.main import main
-from lclm.cli.train import run
+from lclm.cli.train import run, source
 from lclm.errors import LclmError
+from lclm.train.config import train_config
 from lclm.train.records import read_journal
 
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(6000))
@@ -189,3 +191,14 @@ def test_a_stage_starts_from_a_finished_run(config, whole, tmp_path):
     losses = [[r["loss"] for r in lines(f) if "loss" in r] for f in (whole, folder)]
     assert losses[1][0] < losses[0][1]
     assert json.loads((folder / "train.json").read_text())["start_from"] == str(whole)
+
+
+def test_the_adapter_of_a_run_is_small_and_gives_the_trained_model(config, tmp_path):
+    train(f"{config}:lora=True,steps=4", tmp_path / "run")
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+    spec = train_config(read_config(f"{config}:lora=True")).model
+    base = source(spec, seed=0)
+    made = lclm.hub.with_adapter(base, tmp_path / "run" / "adapter")
+    jax.tree.map(np.testing.assert_array_equal, made.params, params(tmp_path / "run"))
+    held = sum(f.stat().st_size for f in (tmp_path / "run" / "adapter").iterdir())
+    assert held < 100_000
