@@ -150,6 +150,7 @@ def _export(run: Any, trainer: Any, trained: Any, bundle: Any, folder: Path) -> 
 
     config = reshaped(bundle.config, run.model)
     params = final_params(run, trainer.config, trained.params)
+    _keep_extra(run, trainer, trained, folder)
     half, target = folder / "model.part", folder / "model"
     shutil.rmtree(half, ignore_errors=True)
     try:
@@ -168,6 +169,20 @@ def _export(run: Any, trainer: Any, trained: Any, bundle: Any, folder: Path) -> 
             "checkpoint: free some space and give the same command again"
         ) from error
     return target
+
+
+def _keep_extra(run: Any, trainer: Any, trained: Any, folder: Path) -> None:
+    """Write what the objective trained for itself, if anything."""
+    import dataclasses
+
+    from lclm.hub.extras import Extra, save_extra
+    from lclm.train.state import own_params
+
+    own = own_params(trained.params)
+    if own:
+        kind = run.objective.partition(":")[0]
+        settings = dataclasses.asdict(trainer.objective)
+        save_extra(folder, Extra(kind, run.model.source, own, settings))
 
 
 def source(spec: Any, *, seed: int = 0) -> Any:

@@ -14,6 +14,7 @@ from lclm.cache.base import Heads
 from lclm.cache.step import make_step
 from lclm.data.batch import make_batch
 from lclm.errors import LclmError
+from lclm.hub.extras import Extra, load_extra, save_extra
 from lclm.models.decoder import init_params
 from lclm.objectives.duo_gates import DuoProbe
 from lclm.objectives.locret_heads import received, roles
@@ -195,3 +196,23 @@ def test_targets_of_retaining_heads_are_the_largest_logits_from_answers():
     assert counted > 20
     assert answer[0].nonzero()[0].min() == 17 and not (answer & prompt).any()
     assert prompt[0, :17].all() and not prompt[0, 17:].any()
+
+
+def test_what_was_trained_reads_back_with_its_base(tmp_path):
+    own = {"alpha": np.linspace(0, 1, 4, dtype=np.float32).reshape(2, 2)}
+    extra = Extra("duo_gates", "smollm2-135m", own, {"sinks": 2, "window": 4})
+    path = save_extra(tmp_path, extra)
+    again = load_extra(tmp_path, kind="duo_gates")
+    assert (again.kind, again.base, again.settings) == (
+        extra.kind,
+        extra.base,
+        extra.settings,
+    )
+    np.testing.assert_array_equal(again.params["alpha"], own["alpha"])
+    with pytest.raises(LclmError, match="holds 'duo_gates', not 'locret_heads'"):
+        load_extra(path, kind="locret_heads")
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(LclmError, match="not a usable"):
+        load_extra(path)
+    with pytest.raises(LclmError, match="no such file"):
+        load_extra(tmp_path / "none")
