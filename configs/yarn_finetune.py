@@ -1,7 +1,7 @@
-"""Fine-tuning under a changed rotary embedding: YaRN (arXiv 2309.00071), PI, NTK, theta.
+"""Fine-tuning under changed rotary embeddings: YaRN (arXiv 2309.00071), PI, NTK.
 
-lclm train --config=configs/yarn_finetune.py:model=FOLDER              (7B, 64k rows)
-lclm train --config=configs/yarn_finetune.py:size=cpu,rope=linear      (SmolLM2, minutes)
+lclm train --config=configs/yarn_finetune.py:model=FOLDER              (7B)
+lclm train --config=configs/yarn_finetune.py:size=cpu,rope=linear      (SmolLM2)
 
 `rope` is yarn, linear (PI, arXiv 2306.15595), ntk, or default with a raised `theta`.
 Cost and perplexity: not measured yet (paper: 7B, factor 16, 400 steps; Proof-pile at

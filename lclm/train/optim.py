@@ -21,20 +21,25 @@ def make_schedule(spec: Optimizer, steps: int) -> optax.Schedule:
         case "linear":
             after = optax.linear_schedule(spec.lr, low, rest)
         case "trapezoid":
-            fall = min(spec.decay or rest, rest)
-            after = optax.join_schedules(
-                [
-                    optax.constant_schedule(spec.lr),
-                    optax.linear_schedule(spec.lr, low, fall),
-                ],
-                [rest - fall],
-            )
+            return _trapezoid(spec, steps, min(spec.decay or rest, rest))
         case _:
             after = optax.constant_schedule(spec.lr)
     if not spec.warmup:
         return after
     rise = optax.linear_schedule(spec.lr / spec.warmup, spec.lr, spec.warmup - 1)
     return optax.join_schedules([rise, after], [spec.warmup])
+
+
+def _trapezoid(spec: Optimizer, steps: int, fall: int) -> optax.Schedule:
+    """Up, flat and down, nowhere below the floor (DuoAttention's, arXiv 2410.10819)."""
+
+    def rate(step: Any) -> Any:
+        up = (step + 1) / max(spec.warmup, 1)
+        down = (steps - step) / fall
+        share = jnp.minimum(jnp.maximum(jnp.minimum(up, down), spec.floor), 1.0)
+        return spec.lr * share
+
+    return rate
 
 
 def make_optimizer(spec: Optimizer, steps: int) -> optax.GradientTransformation:

@@ -55,7 +55,7 @@ def test_a_recipe_is_a_run_at_both_sizes(name, options):
 def test_a_recipe_takes_a_step_on_a_tiny_model(name, options):
     run = recipe(name, "size=cpu", options)
     run = dataclasses.replace(run, length=LENGTH, batch=2, accumulate=1, log_every=1)
-    config = dataclasses.replace(tiny_config(windows=(None,) * 3), bos=96)
+    config = dataclasses.replace(tiny_config(windows=(None,) * 4), bos=96)
     made = Trainer(run, config, init_params(config, jax.random.key(0)))
     text = tokens(2, LENGTH + 1)
     mask = np.zeros_like(text)
