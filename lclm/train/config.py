@@ -92,8 +92,8 @@ class Optimizer:
 
     schedule: after `warmup` steps from 0 to `lr`, "constant"; "cosine" or "linear" down
     to `lr * floor` at the last step; "trapezoid" holds and falls over the last `decay`
-    steps, nowhere below `lr * floor`. clip_norm bounds the global norm, clip_value every element; None for neither.
-    no_decay: paths that are not decayed.
+    steps, nowhere below `lr * floor`. clip_norm bounds the global norm, clip_value
+    every element; None for neither. no_decay: paths that are not decayed.
     """
 
     lr: float = 3e-4
