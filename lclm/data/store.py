@@ -72,11 +72,11 @@ def store_path(
 
 def _stamp(source: str) -> list[Any]:
     """What a source's text depends on beside its own words: pins, files, a Python."""
-    name = source.partition(":")[0]
-    if name == "stdlib":
+    if "stdlib" in source:
         return [sys.version]
-    if name in ("package", "deb", "wikipedia_intros"):
-        return [repr(corpora.WHEELS), repr(corpora.DEBS)]
+    pins = corpora.pins(source)
+    if pins:
+        return [repr(pins)]
     found = re.search(r"[:,]path=([^,]*)", source)
     if not found:
         return []

@@ -340,3 +340,24 @@ def test_single_texts_stay_in_memory(tmp_path):
     opened = pipeline.open_documents(spec, spec.source, BYTES)
     assert opened.read(0, 0, 99)[0].tolist() == [*b"some text", 257]
     assert not (tmp_path / "s").exists()
+
+
+def test_questions_about_a_book_have_their_answers_in_the_passage(tmp_path):
+    path = tmp_path / "book.txt"
+    sentence = "The {} sheep of that wide green valley went slowly down to the river. "
+    path.write_text("".join(sentence.format(i) for i in range(60)))
+    source = f"book_questions:book=local:path={path},passage=500"
+    found = list(read_documents(source))
+    assert len(found) == 60 // 8 and found == list(read_documents(source))
+    seen = set()
+    for document in found:
+        asked, answer = (m["content"] for m in document.text)
+        passage, _, question = asked.rpartition("\n\n")
+        assert answer in " ".join(passage.split()) and answer not in question
+        seen.add(question.split()[0])
+    assert seen == {"Finish", "Which"}
+    assert len(list(read_documents(source + ",every=3"))) == 3
+    with pytest.raises(LclmError, match="at least 200"):
+        list(read_documents(f"book_questions:book=local:path={path},passage=10"))
+    with pytest.raises(LclmError, match="/nowhere"):
+        check("book_questions:book=local:path=/nowhere")
