@@ -12,11 +12,24 @@ from lclm.errors import LclmError, did_you_mean
 def read_config(spec: str) -> Any:
     """The ConfigDict of a file, its `get_config` called with the options of `spec`.
 
+    `data` may be such a spec itself: the `data` of that config then takes its place.
+
     Raises:
       LclmError: no such file, no `get_config`, an unknown or mistyped option.
     """
     path, options = _split(spec)
-    return _call(_get_config(path), options, path=path)
+    config = _call(_get_config(path), options, path=path)
+    data = config.get("data") if hasattr(config, "get") else None
+    if not isinstance(data, str):
+        return config
+    shared = read_config(data)
+    if "data" not in shared:
+        raise LclmError(f"{spec}: data is {data!r}, a config without `data`")
+    return {**_plain(config), "data": _plain(shared["data"])}
+
+
+def _plain(config: Any) -> Any:
+    return config.to_dict() if hasattr(config, "to_dict") else config
 
 
 def _split(spec: str) -> tuple[Path, dict[str, str]]:

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from lclm.cli.config_file import read_config
 from lclm.cli.main import main
+from lclm.errors import LclmError
 
 
 @pytest.fixture
@@ -45,6 +47,29 @@ def test_a_config_names_the_data_and_the_tokenizer(run, tmp_path):
     )
     told = run("stats", f"--config={config}:length=16")
     assert "rows of 16 tokens" in told and "epochs" in told
+
+
+def test_a_config_may_take_the_data_of_another(tmp_path):
+    import ml_collections
+
+    (tmp_path / "mix.py").write_text(
+        "import ml_collections\n"
+        "def get_config(length=1):\n"
+        "    return ml_collections.ConfigDict(dict(data=dict(lengths=[length])))"
+    )
+    (tmp_path / "run.py").write_text(
+        "import ml_collections\n"
+        "def get_config():\n"
+        f"    data = {str(tmp_path / 'mix.py') + ':length=7'!r}\n"
+        "    return ml_collections.ConfigDict(dict(name='x', data=data))"
+    )
+    config = read_config(str(tmp_path / "run.py"))
+    assert config == {"name": "x", "data": {"lengths": [7]}}
+    assert type(config["data"]) is dict
+    (tmp_path / "mix.py").write_text("def get_config(length=1):\n    return dict()")
+    with pytest.raises(LclmError, match="without `data`"):
+        read_config(str(tmp_path / "run.py"))
+    assert isinstance(read_config("configs/smoke.py"), ml_collections.ConfigDict)
 
 
 @pytest.mark.parametrize(
