@@ -1,55 +1,78 @@
-"""Where arrays live on a mesh: the only file that knows one. Identity without a mesh.
+"""Where arrays live on a mesh, and the few collectives that single-device code needs.
 
-Code names logical axes ("batch", "heads"); `RULES` maps them to mesh axes. Enter a mesh
-once with `jax.set_mesh(make_mesh(...))`. Its axes are explicit, so shapes carry their
-sharding and a wrong one is an error at trace time.
+A parameter's path names its logical axes ("heads", "embed"); `RULES` maps them to mesh
+axes. A training step runs its loss and gradients inside one `jax.shard_map` over all
+axes. There `gather`, `total`, `largest`, `axis_size` and `axis_index` know the mesh;
+outside they are the identity, 1 and 0, so blocks have no branches.
+
+One rule gives every gradient: the loss of a step is the sum of the losses of all
+devices, each collective is differentiated as the linear map it is, and the gradient of
+a parameter is summed over the axes that do not split it.
 """
 
-import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lclm.errors import LclmError, unknown
+from lclm.typing import Leaf
 
 AXES = ("data", "fsdp", "tensor", "context_ring", "context_ulysses", "expert")
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "seq": ("context_ring", "context_ulysses"),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
     "vocab": ("tensor",),
     "expert": ("expert",),
-    "state": (),
 }
 # A query head must find its kv head on its own device: the two split alike or not.
 ALIKE = {"kv_heads": "heads"}
-# Weights are [out, in].
-PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+# Weights are [out, in]; adapters are split with the side of theirs that is split.
+PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(embed/table|head/weight)$", ("vocab", "embed")),
     (r"attn/q/(weight|bias)$", ("heads", "embed")),
     (r"attn/[kv]/(weight|bias)$", ("kv_heads", "embed")),
     (r"attn/o/weight$", ("embed", "heads")),
-    (r"attn/sink$", ("heads",)),
     (r"mlp/(gate|up)/(weight|bias)$", ("ffn", "embed")),
     (r"mlp/down/weight$", ("embed", "ffn")),
-    (r"(scale|bias)$", ()),
+    (r"mlp/experts/(gate|up)$", ("expert", None, "embed")),
+    (r"mlp/experts/down$", ("expert", "embed", None)),
+    (r"attn/q/weight/lora_up$", ("heads", None)),
+    (r"attn/[kv]/weight/lora_up$", ("kv_heads", None)),
+    (r"attn/o/weight/lora_down$", (None, "heads")),
+    (r"mlp/(gate|up)/weight/lora_up$", ("ffn", None)),
+    (r"mlp/down/weight/lora_down$", (None, "ffn")),
 )
+# On every device: vectors, what is small, what an objective owns.
+WHOLE = r"(scale|bias|sink|lora_down|lora_up)$|^objective/"
+STACKED = r"^run_\d+/"  # one leading axis more, over the repeats of a scanned group
+ROWS = ("data", "fsdp")
+SEQUENCE = ("context_ring", "context_ulysses")
+TOKENS = (*ROWS, *SEQUENCE)  # axes that split the tokens of a batch
+COPIES = ("tensor", "expert")  # axes whose devices see the same tokens
+BATCH = P(ROWS, SEQUENCE)
 
 Logical = Sequence[str | None]
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
+def make_mesh(
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    kind: AxisType = AxisType.Explicit,
+    **sizes: int,
+) -> Mesh:
     """A mesh of all six axes; those not named have size 1, one may be -1 (the rest).
 
-    `make_mesh(fsdp=-1, tensor=2)` on 8 devices is fsdp 4, tensor 2.
+    `make_mesh(fsdp=-1, tensor=2)` on 8 devices is fsdp 4, tensor 2. With explicit axes
+    shapes carry their sharding; training takes automatic ones.
     """
     devices = jax.devices() if devices is None else list(devices)
     for name, size in sizes.items():
@@ -67,33 +90,16 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
         )
     sizes |= {name: len(devices) // fixed for name in free}
     shape = [sizes.get(name, 1) for name in AXES]
-    return jax.make_mesh(shape, AXES, (AxisType.Explicit,) * len(AXES), devices=devices)
+    return jax.make_mesh(shape, AXES, (kind,) * len(AXES), devices=devices)
 
 
-def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` laid out by logical axes, one per dimension (None: not split)."""
-    mesh = _mesh()
-    if mesh is None:
-        return x
-    return jax.reshard(x, NamedSharding(mesh, _spec(mesh, axes, x.shape)))
+def param_sharding(path: str, shape: Sequence[int], *, mesh: Mesh) -> NamedSharding:
+    """Where a parameter that is only read lives.
 
-
-def param_sharding(
-    path: str, shape: Sequence[int], *, mesh: Mesh | None = None
-) -> NamedSharding | None:
-    """Where a parameter lives; None without a mesh.
-
-    A parameter of a form the table does not know (packed blocks) is on every device.
+    One of a form the table does not know (packed blocks) is on every device.
     """
-    mesh = mesh or _mesh()
-    if mesh is None:
-        return None
-    for pattern, axes in PARAMETERS:
-        if re.search(pattern, path):
-            axes = axes[: len(shape)] if path.endswith("/bias") else axes
-            fits = len(axes) == len(shape)
-            return NamedSharding(mesh, _spec(mesh, axes, shape) if fits else P())
-    return NamedSharding(mesh, P())
+    spec = _known(path, shape, mesh)
+    return NamedSharding(mesh, P() if spec is None else spec)
 
 
 def place(params: Any, mesh: Mesh) -> Any:
@@ -106,71 +112,135 @@ def place(params: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(put, params)
 
 
-def local(fn: Callable, in_axes: Sequence[Logical], out_axes: Any) -> Callable:
-    """`fn` as single-device code under `jax.shard_map`; `fn` itself without a mesh.
+def param_spec(path: str, shape: Sequence[int], mesh: Any) -> P:
+    """How training stores a parameter: as the table says, other matrices over fsdp.
 
-    in_axes: logical axes of each argument; every array of a pytree argument has them.
-    out_axes: those of the result, or a tuple of them for a tuple of results. A logical
-    axis is split only where all its dimensions divide, in arguments and results alike.
+    The axis of a scanned group's repeats is never split. A logical axis is split where
+    the dimension divides; other matrices on their longest axis that does.
+    """
+    spec = _known(path, shape, mesh)
+    first = 1 if re.match(STACKED, path) else 0
+    if spec is not None or re.search(WHOLE, path) or len(shape) - first < 2:
+        return spec or P()
+    size = mesh.shape["fsdp"]
+    fits = [i for i in range(first, len(shape)) if size > 1 and shape[i] % size == 0]
+    if not fits:
+        return P()
+    longest = max(fits, key=lambda i: shape[i])
+    return P(*("fsdp" if i == longest else None for i in range(len(shape))))
+
+
+def _known(path: str, shape: Sequence[int], mesh: Any) -> P | None:
+    """What the table says of a parameter; None where it says nothing."""
+    for pattern, axes in PARAMETERS:
+        if re.search(pattern, path):
+            axes = axes[:1] if path.endswith("/bias") else axes
+            lead = (None,) if re.match(STACKED, path) else ()
+            axes = (*lead, *axes)
+            return _spec(mesh, axes, shape) if len(axes) == len(shape) else None
+    return None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Split:
+    """This device's part of a parameter, in the place of the whole in a tree.
+
+    dims: (axis counted from the last, mesh axes that split it), those to be gathered.
+    Counted so, they stay true when a scan takes the leading axis away.
     """
 
-    @functools.wraps(fn)
-    def call(*args):
-        mesh = _mesh()
-        if mesh is None:
-            return fn(*args)
-        if len(args) != len(in_axes):
-            raise TypeError(f"{len(args)} arguments, axes for {len(in_axes)}")
-        sizes: dict[str, list[int]] = {}
-        for axes, arg in zip(in_axes, args, strict=True):
-            for leaf in jax.tree.leaves(arg):
-                _measure(sizes, axes, leaf.shape)
-        split = _assign(mesh, sizes)
-        in_specs = tuple(_partition(axes, split) for axes in in_axes)
-        nested = bool(out_axes) and not isinstance(out_axes[0], str | None)
-        out_specs = (
-            tuple(_partition(axes, split) for axes in out_axes)
-            if nested
-            else _partition(out_axes, split)
-        )
-        laid = [
-            jax.tree.map(lambda x, s=s: jax.reshard(x, NamedSharding(mesh, s)), arg)
-            for arg, s in zip(args, in_specs, strict=True)
-        ]
-        mapped = jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs)
-        return mapped(*laid)
+    part: Leaf
+    dims: tuple[tuple[int, tuple[str, ...]], ...] = field(metadata={"static": True})
 
-    return call
+    def whole(self) -> jax.Array:
+        """The parameter put together; the gradient is summed and split again."""
+        x = self.part
+        for axis, names in self.dims:
+            x = lax.all_gather(x, names, axis=x.ndim + axis, tiled=True)
+        return x
 
 
-def _mesh() -> Any:
-    """The mesh in use; None without one, and inside `local` (one device)."""
+def as_split(flat: Mapping[str, Any], specs: Mapping[str, P]) -> dict[str, Any]:
+    """Flat parameters with `Split` for those that code is to `gather`.
+
+    What blocks read as it is split (heads, hidden units, experts) stays an array.
+    """
+    out = {}
+    for path, leaf in flat.items():
+        spec, dims = specs[path], []
+        whole = re.search(r"(^|/)(embed/table|head/weight)$", path)
+        for i, names in enumerate(spec):
+            names = (names,) if isinstance(names, str) else tuple(names or ())
+            names = tuple(n for n in names if whole or n not in COPIES)
+            if names:
+                dims.append((i - leaf.ndim, names))
+        out[path] = Split(leaf, tuple(dims)) if dims else leaf
+    return out
+
+
+def gather(tree: Any) -> Any:
+    """A tree with every `Split` leaf put together."""
+    return jax.tree.map(
+        lambda leaf: leaf.whole() if isinstance(leaf, Split) else leaf,
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, Split),
+    )
+
+
+def inside() -> bool:
+    """Whether the code being traced is one device's part of a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or AxisType.Manual in mesh.axis_types:
-        return None
-    return mesh
+    return not mesh.empty and AxisType.Manual in mesh.axis_types
+
+
+def axis_size(*names: str) -> int:
+    """Devices along mesh axes, multiplied; 1 outside a mesh."""
+    if not inside():
+        return 1
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[n] for n in names if n in mesh.shape)
+
+
+def _wide(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(n for n in names if axis_size(n) > 1)
+
+
+def axis_index(*names: str) -> Any:
+    """This device's place along mesh axes, the last one fastest; 0 outside a mesh."""
+    names = _wide(names)
+    return lax.axis_index(names) if names else 0
+
+
+def total(tree: Any, *names: str) -> Any:
+    """Sums over mesh axes."""
+    names = _wide(names)
+    return lax.psum(tree, names) if names else tree
+
+
+def largest(x: Any, *names: str) -> Any:
+    """Maximum over mesh axes, without a gradient."""
+    names = _wide(names)
+    return lax.pmax(lax.stop_gradient(x), names) if names else x
+
+
+def unsplit(spec: P) -> tuple[str, ...]:
+    """The mesh axes over which an array of this layout is a copy."""
+    used = {
+        n for part in spec for n in ((part,) if isinstance(part, str) else part or ())
+    }
+    return tuple(name for name in AXES if name not in used)
 
 
 def _spec(mesh: Any, axes: Logical, shape: Sequence[int]) -> P:
+    """A layout that splits each logical axis where all its dimensions divide."""
     sizes: dict[str, list[int]] = {}
-    _measure(sizes, axes, shape)
-    return _partition(axes, _assign(mesh, sizes))
-
-
-def _measure(sizes: dict[str, list[int]], axes: Logical, shape: Sequence[int]) -> None:
-    """Collect the dimensions of each logical axis; refuse what cannot be meant."""
-    if len(axes) != len(shape):
-        raise ValueError(f"{len(axes)} logical axes {axes} for shape {tuple(shape)}")
-    names = [a for a in axes if a is not None]
-    for name in names:
-        if name not in RULES:
-            raise unknown("logical axis", name, RULES)
-    used = [m for name in names for m in RULES[name]]
-    if len(used) != len(set(used)):
-        raise ValueError(f"logical axes {tuple(names)} use one mesh axis twice: {used}")
     for name, size in zip(axes, shape, strict=True):
         if name is not None:
             sizes.setdefault(ALIKE.get(name, name), []).append(size)
+    split = _assign(mesh, sizes)
+    parts = [split.get(ALIKE.get(a, a), ()) if a is not None else () for a in axes]
+    return P(*(part or None for part in parts))
 
 
 def _assign(mesh: Any, sizes: dict[str, list[int]]) -> dict[str, tuple[str, ...]]:
@@ -182,8 +252,3 @@ def _assign(mesh: Any, sizes: dict[str, list[int]]) -> dict[str, tuple[str, ...]
             axes.pop()
         found[name] = tuple(axes)
     return found
-
-
-def _partition(axes: Logical, split: dict[str, tuple[str, ...]]) -> P:
-    parts = [split.get(ALIKE.get(a, a), ()) if a is not None else () for a in axes]
-    return P(*(part or None for part in parts))

@@ -506,6 +506,49 @@ class Blocks(Mask):
         return _pack(lo, lo + self.block, S)
 
 
+@dataclasses.dataclass(frozen=True)
+class Laid(Mask):
+    """A mask of a text of which rows and columns are pieces of `size` in any order.
+
+    `rows` and `columns` are where in the text each piece starts.
+    """
+
+    mask: Mask
+    size: int
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    @property
+    def varies(self) -> bool:
+        return self.mask.varies
+
+    def at_head(self, head: int, heads: int) -> Mask:
+        return dataclasses.replace(self, mask=self.mask.at_head(head, heads))
+
+    def _place(self, x, starts):
+        """Where in the text index `x` is."""
+        xp = jnp if isinstance(x, jax.Array) else np
+        shift = starts[0]
+        for n, start in enumerate(starts[1:], 1):
+            shift = xp.where(x >= n * self.size, start - n * self.size, shift)
+        return x + shift
+
+    def visible(self, i, j):
+        return self.mask.visible(
+            self._place(i, self.rows), self._place(j, self.columns)
+        )
+
+    def intervals(self, rows, S):
+        end = max(self.columns) + self.size
+        lo, hi = self.mask.intervals(self._place(rows, self.rows), end)
+        pieces = [
+            [np.clip(edge - start, 0, self.size) + n * self.size for edge in (lo, hi)]
+            for n, start in enumerate(self.columns)
+        ]
+        low, high = (np.concatenate(edges, 1) for edges in zip(*pieces, strict=True))
+        return _pack(low, high, S)
+
+
 # Constructors
 
 
@@ -603,3 +646,16 @@ def per_head(masks: Sequence[Mask]) -> Mask:
             "with a constructor of this module"
         )
     return PerHead(masks)
+
+
+def laid(mask: Mask, size: int, rows: Sequence[int], columns: Sequence[int]) -> Mask:
+    """`mask` for queries and keys that are pieces of `size` positions of a text.
+
+    `rows` and `columns` are the starts of the pieces, in the order they lie in.
+    """
+    _require("size", size, 1, "give the number of positions of a piece")
+    for start in (*rows, *columns):
+        _require("start", start, 0, "pieces are counted from the start of the text")
+    if not rows or not columns:
+        raise ValueError("rows and columns: need at least one piece each")
+    return Laid(mask, int(size), tuple(map(int, rows)), tuple(map(int, columns)))

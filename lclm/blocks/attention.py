@@ -1,54 +1,71 @@
 """Grouped-query softmax attention: one function for training, prefill and decoding."""
 
-import functools
 from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
+from lclm import sharding
 from lclm.attention import make as make_pattern
+from lclm.attention.context import Pattern, Tokens, attend
 from lclm.blocks.norms import Norm
 from lclm.cache.base import CachePolicy, Heads, Layer
 from lclm.cache.step import Step
 from lclm.config import AttentionSpec, NormSpec
 from lclm.errors import LclmError
-from lclm.ops.branch import choose
 from lclm.ops.linear import linear
-from lclm.ops.masked import masked_attention, with_sink
 from lclm.typing import Array, Float
 from pallas_kernels import mask as masks
-from pallas_kernels.attention import attention
 from pallas_kernels.mask import Mask
 
 INIT = nn.initializers.normal(0.02)
 
 
-def project(module: nn.Module, name: str, x: Array, out: int, *, bias: bool) -> Array:
+def project(
+    module: nn.Module,
+    name: str,
+    x: Array,
+    out: int,
+    *,
+    bias: bool,
+    joins: str | None = None,
+) -> Array:
     """Own and apply one [out, in] projection called `name`."""
-    return Projection(out, bias, parent=module, name=name)(x)
+    return Projection(out, bias, joins, parent=module, name=name)(x)
 
 
-def matrix(module: nn.Module, name: str, shape: tuple[int, int]) -> Any:
-    """A weight [out, in] of `module`, or the packed one it was given in its place."""
+def matrix(
+    module: nn.Module, name: str, shape: tuple[int, ...], init: Any = INIT
+) -> Any:
+    """A parameter of `module`, or what it was given in its place.
+
+    That may be a packed matrix, or this device's rows or columns of it.
+    """
     if module.has_variable("params", name):
-        return module.get_variable("params", name)
-    return module.param(name, INIT, shape)
+        return sharding.gather(module.get_variable("params", name))
+    return module.param(name, init, shape)
 
 
 class Projection(nn.Module):
-    """x W^T + b with W stored [out, in]."""
+    """x W^T + b with W stored [out, in].
+
+    joins: the mesh axis that splits the input features; products are summed over it.
+    """
 
     features: int
     bias: bool = False
+    joins: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         weight = matrix(self, "weight", (self.features, x.shape[-1]))
         bias = None
         if self.bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return linear(x, weight, bias)
+            bias = matrix(self, "bias", (self.features,), nn.initializers.zeros)
+        if self.joins is None:
+            return linear(x, weight, bias)
+        y = sharding.total(linear(x, weight), self.joins)
+        return y if bias is None else y + bias.astype(y.dtype)
 
 
 class Probe(Protocol):
@@ -96,7 +113,8 @@ class Attention(nn.Module):
             with jax.named_scope("cache"):
                 out, cache = self.policy.attend(cache, heads, step, layer, sink)
         out = out.astype(x.dtype).reshape(*x.shape[:2], -1)
-        return project(self, "o", out, self.width, bias=spec.out_bias), cache
+        bias, joins = spec.out_bias, "tensor"
+        return project(self, "o", out, self.width, bias=bias, joins=joins), cache
 
     def _heads(self, x: Array) -> Heads:
         """Project to queries, keys and values before rotation."""
@@ -105,7 +123,7 @@ class Attention(nn.Module):
 
         def split(name: str, count: int) -> Array:
             y = project(self, name, x, count * size, bias=bias)
-            return y.reshape(*x.shape[:2], count, size)
+            return y.reshape(*x.shape[:2], -1, size)  # this device's heads
 
         q, k = split("q", spec.heads), split("k", spec.kv_heads)
         v = split("v", spec.kv_heads)
@@ -118,60 +136,18 @@ class Attention(nn.Module):
 def dense_attention(
     heads: Heads, step: Step, spec: AttentionSpec, sink: Array | None
 ) -> Float[Array, "B T N H"]:
-    """Every query over all keys of the call that its layer may see.
-
-    A static pattern laid on documents runs in blocks where every row is one document
-    from its first token on, and else pair by pair: later documents of a row do not
-    start where a block does.
-    """
+    """Every query over all keys of the call that its layer may see."""
     q, k = step.rotate(heads.q, spec.rope), step.rotate(heads.k, spec.rope)
-    values = (q, k, heads.v, sink)
-    ids = (step.positions, step.segments)
-    if step.segments is None or not spec.static or spec.laid == "rows":
-        return _by_blocks(spec, values, ids)
-    T = q.shape[1]
-    own = ~step.valid | (step.positions == jnp.arange(T, dtype=jnp.int32))
-    forms = (
-        functools.partial(_by_pairs, spec),
-        functools.partial(_by_blocks, spec),
-    )
-    return choose(forms, jnp.all(own).astype(jnp.int32), values, ids)
-
-
-def _by_blocks(spec: AttentionSpec, values: Any, ids: Any) -> Array:
-    """The layer's mask over the row and, where ids are given, the query's document."""
-    q, k, v, sink = values
-    _, segments = ids
-    out, _ = attention(
+    own = step.segments is not None and spec.static and spec.laid != "rows"
+    return attend(
+        Pattern(layer_mask(spec), spec.heads, spec.scale, spec.softcap, own),
         q,
         k,
-        v,
-        mask=layer_mask(spec),
-        scale=spec.scale,
-        softcap=spec.softcap,
+        heads.v,
+        Tokens(step.positions, step.segments),
         sink=sink,
-        q_segment_ids=segments,
-        kv_segment_ids=segments,
+        context=step.context,
     )
-    return out
-
-
-def _by_pairs(spec: AttentionSpec, values: Any, ids: Any) -> Array:
-    """The layer's mask over positions inside each document."""
-    q, k, v, sink = values
-    positions, segments = ids
-    parts = masked_attention(
-        q,
-        jnp.swapaxes(k, 1, 2),
-        jnp.swapaxes(v, 1, 2),
-        positions,
-        positions,
-        mask=layer_mask(spec),
-        scale=spec.scale,
-        softcap=spec.softcap,
-        segments=segments,
-    )
-    return with_sink(*parts, sink)
 
 
 def layer_mask(spec: AttentionSpec) -> Mask:

@@ -30,4 +30,5 @@ class Mlp(nn.Module):
         gate = project(self, "gate", x, spec.width, bias=spec.bias)
         up = project(self, "up", x, spec.width, bias=spec.bias)
         hidden = activate(gate, spec.activation) * up
-        return project(self, "down", hidden, x.shape[-1], bias=spec.bias)
+        bias, joins = spec.bias, "tensor"
+        return project(self, "down", hidden, x.shape[-1], bias=bias, joins=joins)

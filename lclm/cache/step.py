@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lclm import sharding
 from lclm.config import AttentionSpec, ModelConfig, RopeSpec
 from lclm.ops import rope
 from lclm.typing import Array, Float, Int, Leaf
@@ -25,6 +26,7 @@ class Step:
     policy: parameters a cache policy brought (retaining heads, gates), per layer index.
     probe: what looks into attention layers in their place, in training (`Probe`).
     weigh: this call only gathers evidence (a catalyst): caches keep no token of it.
+    context: how devices share the tokens of a row (`lclm.attention.context.Context`).
     """
 
     positions: Leaf
@@ -39,6 +41,7 @@ class Step:
         metadata={"static": True}
     )
     weigh: bool = dataclasses.field(default=False, metadata={"static": True})
+    context: Any = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def valid(self) -> Array:
@@ -104,7 +107,7 @@ def make_step(
     ]
     keys = tuple(dict.fromkeys((m.rope, m.head_dim) for m in specs))
     if length is None and any(spec.dynamic for spec, _ in keys):
-        length = jnp.max(positions, 1) + 1
+        length = sharding.largest(jnp.max(positions, 1) + 1, *sharding.SEQUENCE)
 
     def tables(at: Array) -> tuple[tuple[Array, Array], ...]:
         return tuple(

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lclm import sharding
+from lclm.attention.context import Context
 from lclm.blocks.attention import matrix
 from lclm.blocks.layer import DecoderLayer
 from lclm.blocks.norms import apply_final_norm, final_norm
@@ -51,6 +53,16 @@ class Head(nn.Module):
         return matrix(self, "weight", (self.config.vocab, self.config.width))
 
 
+def gathered(module: type[nn.Module]) -> type[nn.Module]:
+    """The module class reading whole parameters where its device has parts of them.
+
+    Inside a rematerialised layer, so the whole ones do not outlive its pass.
+    """
+    if not sharding.inside():
+        return module
+    return nn.map_variables(module, "params", sharding.gather)
+
+
 class Group(nn.Module):
     """The layers one scan repeats."""
 
@@ -72,6 +84,7 @@ class Decoder(nn.Module):
     `scan` runs each repeated group as one `lax.scan` over stacked parameters (see
     `stack_params`): compile time then does not grow with depth. `remat` says what
     the backward pass computes again. `dtype` is the type of the residual stream.
+    `context` says how devices share the rows' tokens.
     """
 
     config: ModelConfig
@@ -79,6 +92,7 @@ class Decoder(nn.Module):
     scan: bool = False
     remat: RematSpec = NO_REMAT
     dtype: Any = jnp.float32
+    context: Context | None = None
 
     @nn.compact
     def __call__(
@@ -108,7 +122,7 @@ class Decoder(nn.Module):
             exact=self.policy is not None and self.policy.exact_angles,
             weigh=weigh,
         )
-        step = dataclasses.replace(step, probe=probe)
+        step = dataclasses.replace(step, probe=probe, context=self.context)
         residual = jnp.float32 if config.residual_float32 else self.dtype
         x = Table(config, name="embed")(tokens, residual)
         if not config.tied:
@@ -124,7 +138,7 @@ class Decoder(nn.Module):
         self, x: Array, step: Step, caches: Caches | None
     ) -> tuple[Array, Caches | None]:
         new = []
-        layer_class = self.remat.wrap(DecoderLayer)
+        layer_class = self.remat.wrap(gathered(DecoderLayer))
         for i, spec in enumerate(self.config.layers):
             layer = layer_class(
                 spec,
@@ -139,7 +153,7 @@ class Decoder(nn.Module):
         return x, None if caches is None else (*new, *caches[len(new) :])
 
     def _scanned(self, x: Array, step: Step) -> Array:
-        group = self.remat.wrap(Group, prevent_cse=False)
+        group = self.remat.wrap(gathered(Group), prevent_cse=False)
         for r, run in enumerate(self.config.stack):
             stacked = nn.scan(
                 group,
@@ -211,7 +225,8 @@ def unembed(
 
 def output_table(config: ModelConfig, params: Params) -> Any:
     """The [V, D] matrix that turns hidden states into logits."""
-    return params["embed"]["table"] if config.tied else params["head"]["weight"]
+    table = params["embed"]["table"] if config.tied else params["head"]["weight"]
+    return sharding.gather(table)
 
 
 def loss_table(config: ModelConfig, params: Params, dtype: Any) -> Any:

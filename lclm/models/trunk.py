@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lclm.attention.context import Context
 from lclm.config import AttentionSpec, ModelConfig
 from lclm.models.decoder import Decoder, loss_table
 from lclm.models.remat import NO_REMAT, RematSpec
 from lclm.ops.int8 import Int8Weight
-from lclm.ops.loss import token_nll
+from lclm.ops.loss import shared_token_nll
 from lclm.ops.moe import COLLECTION, aux_loss
 from lclm.ops.packed import PackedWeight
 from lclm.specs import MoeSpec
@@ -27,6 +28,7 @@ class Trunk:
     `dtype` is the type of activations and of the weights they meet; `scan` runs each
     repeated group as one loop over stacked parameters (see `stack_params`), which
     keeps compile time independent of depth; `loss_chunk` tokens have logits at a time.
+    `context` says how devices share the rows' tokens, None for whole rows.
     """
 
     config: ModelConfig
@@ -34,6 +36,7 @@ class Trunk:
     scan: bool = True
     remat: RematSpec = NO_REMAT
     loss_chunk: int = 512
+    context: Context | None = None
 
     @property
     def routed(self) -> bool:
@@ -42,7 +45,13 @@ class Trunk:
 
     def decoder(self) -> nn.Module:
         """The module that `hidden` applies."""
-        return Decoder(self.config, scan=self.scan, remat=self.remat, dtype=self.dtype)
+        return Decoder(
+            self.config,
+            scan=self.scan,
+            remat=self.remat,
+            dtype=self.dtype,
+            context=self.context,
+        )
 
     def hidden(
         self, params: Params, batch: Batch
@@ -81,10 +90,11 @@ class Trunk:
         self, params: Params, hidden: Float[Array, "B T D"], batch: Batch
     ) -> Float[Array, "B T"]:
         """Loss in nats of every target; 0 where its weight is 0."""
+        read = {k: params[k] for k in ("embed", "head") if k in params}
         counted = jnp.where(batch["weights"] > 0, batch["targets"], -1)
-        return token_nll(
+        return shared_token_nll(
             hidden,
-            loss_table(self.config, params, self.dtype),
+            loss_table(self.config, self.cast(read), self.dtype),
             counted,
             chunk=self.loss_chunk,
             softcap=self.config.final_softcap,

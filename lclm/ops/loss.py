@@ -1,11 +1,13 @@
 """Next-token loss without the logits: cross-entropy over chunks of tokens."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lclm import sharding
 from lclm.errors import LclmError
 from lclm.ops.int8 import Int8Weight
 from lclm.typing import Array, Float, Int
@@ -43,6 +45,32 @@ def token_nll(
     flat = flat.reshape(-1, chunk, width)
     loss = _nll(flat, table, goals.reshape(-1, chunk), softcap)
     return loss.reshape(-1)[:count].reshape(batch, time)
+
+
+def shared_token_nll(
+    hidden: Float[Array, "B T D"],
+    table: Float[Array, "V D"] | Int8Weight,
+    targets: Int[Array, "B T"],
+    **options: Any,
+) -> Float[Array, "B T"]:
+    """`token_nll` by devices that have the same tokens: each a share, then summed."""
+    devices = sharding.axis_size(*sharding.COPIES)
+    if devices == 1:
+        return token_nll(hidden, table, targets, **options)
+    count, width = targets.size, hidden.shape[-1]
+    share = -(-count // devices)
+    spare = share * devices - count
+    rows = jnp.pad(hidden.reshape(count, width), ((0, spare), (0, 0)))
+    goals = jnp.pad(targets.reshape(count), (0, spare), constant_values=-1)
+    start = sharding.axis_index(*sharding.COPIES) * share
+    rows = lax.dynamic_slice_in_dim(rows, start, share)
+    goals = lax.dynamic_slice_in_dim(goals, start, share)
+    own = token_nll(rows[None], table, goals[None], **options)[0]
+    every = lax.dynamic_update_slice_in_dim(
+        jnp.zeros(share * devices, own.dtype), own, start, 0
+    )
+    every = sharding.total(every, *sharding.COPIES)
+    return every[:count].reshape(targets.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -28,12 +28,14 @@ def masked_attention(
     scale: float | None = None,
     softcap: float | None = None,
     segments: Int[Array, "B T"] | None = None,
+    k_segments: Int[Array, "B S"] | None = None,
 ) -> tuple[Float[Array, "B T N E"], Float[Array, "B N T"]]:
     """(out, log of the denominator); rows that see nothing give 0 and -inf.
 
     Query at p sees key at j where 0 <= j <= p, `mask` shows it and, with `segments`
-    (ids of queries and keys), both are of one document.
+    (ids of queries, and of keys where `k_segments` is None), both are of one document.
     """
+    k_segments = segments if k_segments is None else k_segments
     (B, T, N, H), S = q.shape, k.shape[2]
     rows = max(1, min(T, PAIRS // (B * N * S)))
     count = -(-T // rows)
@@ -51,7 +53,7 @@ def masked_attention(
         seen = jnp.stack([m.visible(i, j) for m in mask.layout(N)], 1)
         seen = seen & ((j >= 0) & (j <= i))[:, None]
         if segments is not None:
-            seen = seen & (own[:, :, None] == segments[:, None])[:, None]
+            seen = seen & (own[:, :, None] == k_segments[:, None])[:, None]
         return _attend(part, k, v, seen, H**-0.5 if scale is None else scale, softcap)
 
     xs = (cut(q, 0), cut(q_pos, -1), cut(ids, 0))

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lclm import sharding
 from lclm.errors import LclmError
 from lclm.ops.linear import linear
 from lclm.ops.packed import dequantize
@@ -28,6 +29,7 @@ from lclm.typing import Array, Bool, Float, Int, Leaf
 LARGEST_BLOCK = 128
 PROBABILITIES, CHOICE = "probabilities", "choice"
 COLLECTION = "router"  # where the module sows them
+AXIS = "expert"
 
 Act = Callable[[Array], Array]
 
@@ -80,14 +82,29 @@ def dense(
 def grouped(
     x: Float[Array, "T D"], to: Route, experts: Experts, *, act: Act
 ) -> Float[Array, "T D"]:
-    """The chosen experts alone, by sorted pairs; the same values as `dense`."""
-    return lax.platform_dependent(
+    """The chosen experts alone, by sorted pairs; the same values as `dense`.
+
+    Where devices have a part of the experts each, every one computes its own for all
+    tokens, and the results are summed.
+    """
+    out = lax.platform_dependent(
         x,
-        to,
+        _own(to, experts.gate.shape[0]),
         experts,
         cpu=functools.partial(_by_blocks, act=act),
         default=functools.partial(_by_ragged_dot, act=act),
     )
+    return sharding.total(out, AXIS)
+
+
+def _own(to: Route, count: int) -> Route:
+    """The route to this device's `count` experts; others are `count`, of no weight."""
+    if count == to.probabilities.shape[-1]:
+        return to
+    choice = to.choice - sharding.axis_index(AXIS) * count
+    here = (choice >= 0) & (choice < count)
+    weights = jnp.where(here, to.weights, 0)
+    return Route(weights, jnp.where(here, choice, count), to.probabilities)
 
 
 def _combine(pairs: Array, to: Route) -> Array:
@@ -110,7 +127,9 @@ def _by_ragged_dot(x: Array, to: Route, experts: Experts, *, act: Act) -> Array:
 
     rows = x[order // top]
     hidden = act(product(rows, experts.gate)) * product(rows, experts.up)
-    return _combine(product(hidden, experts.down)[jnp.argsort(order)], to)
+    here = jnp.arange(len(rows)) < sizes.sum()  # pairs of other devices come last
+    pairs = jnp.where(here[:, None], product(hidden, experts.down), 0)
+    return _combine(pairs[jnp.argsort(order)], to)
 
 
 @jax.tree_util.register_dataclass
@@ -132,12 +151,15 @@ def _block_rows(pairs: int, experts: int) -> int:
 
 
 def _blocks(choice: Int[Array, " R"], experts: int) -> tuple[_Blocks, tuple[int, int]]:
-    """Lay pairs out by expert; the static shape is (blocks at most, rows a block)."""
+    """Lay pairs out by expert; the static shape is (blocks at most, rows a block).
+
+    Pairs of expert number `experts` are another device's: laid last, not in use.
+    """
     pairs = choice.shape[0]
     rows = _block_rows(pairs, experts)
-    most = pairs // rows + min(experts, pairs)
+    most = pairs // rows + min(experts + 1, pairs)
     order = jnp.argsort(choice).astype(jnp.int32)
-    sizes = jnp.bincount(choice, length=experts).astype(jnp.int32)
+    sizes = jnp.bincount(choice, length=experts + 1).astype(jnp.int32)
     ends = jnp.cumsum(-(-sizes // rows))
     first = (ends - -(-sizes // rows)) * rows - (jnp.cumsum(sizes) - sizes)
     place = first[choice[order]] + jnp.arange(pairs, dtype=jnp.int32)
@@ -145,7 +167,7 @@ def _blocks(choice: Int[Array, " R"], experts: int) -> tuple[_Blocks, tuple[int,
     owner = jnp.searchsorted(ends, jnp.arange(most), side="right")
     owner = jnp.minimum(owner, experts - 1)
     place = jnp.zeros(pairs, jnp.int32).at[order].set(place)
-    return _Blocks(pair, place, owner, ends[-1]), (most, rows)
+    return _Blocks(pair, place, owner, ends[experts - 1]), (most, rows)
 
 
 def _by_blocks(x: Array, to: Route, experts: Experts, *, act: Act) -> Array:
@@ -247,8 +269,9 @@ def aux_loss(
 
     `router` is the collection of that name that `Decoder.apply(..., mutable="router")`
     returns, scanned or not. f_e is the share of tokens that chose e (all f sum to
-    `top`), P_e the mean probability; tokens that are not `valid` do not count. Even
-    routing gives `top`. Raises `LclmError` where no layer has a router.
+    `top`), P_e the mean probability; tokens that are not `valid` do not count, those of
+    all devices do. Even routing gives `top`. Raises `LclmError` where no layer has a
+    router.
     """
     chosen, mass, rows = 0.0, 0.0, 0.0
     for layer in _routers(router):
@@ -267,6 +290,7 @@ def aux_loss(
             "no router in this collection: the auxiliary loss needs a model with a "
             'mixture of experts, run by apply(..., mutable=["router"])'
         )
+    chosen, mass, rows = sharding.total((chosen, mass, rows), *sharding.TOKENS)
     return experts * ((chosen / rows) * (mass / rows)).sum()
 
 

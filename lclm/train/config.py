@@ -125,7 +125,10 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; -1 takes the rest (see `lclm.sharding.make_mesh`)."""
+    """Devices along each axis; -1 takes the rest (see `lclm.sharding.make_mesh`).
+
+    context: how attention goes over context_ring, "auto", "ring", "gather" or "halo".
+    """
 
     data: int = 1
     fsdp: int = 1
@@ -133,6 +136,7 @@ class Mesh:
     context_ring: int = 1
     context_ulysses: int = 1
     expert: int = 1
+    context: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from lclm.models.trunk import Trunk
 from lclm.train.checkpoint import Store, fingerprint, state_bytes
 from lclm.train.config import TrainConfig
 from lclm.train.holdout import Holdout
+from lclm.train.layout import make_layout
 from lclm.train.metrics import CONVENTION, peak_flops, step_flops
 from lclm.train.optim import make_optimizer, make_schedule
 from lclm.train.profile import Profile
@@ -48,14 +49,24 @@ class Trainer:
         self.config = training_config(config, run.model, run.length)
         self.objective = objectives.make(run.objective)
         self.objective.check(self.config, run.length)
+        self.layout = make_layout(run, self.config)
         dtype = jax.numpy.dtype(run.compute)
-        self.trunk = Trunk(self.config, dtype, run.scan, run.remat, run.loss_chunk)
+        context = None if self.layout is None else self.layout.context
+        form = (run.scan, run.remat, run.loss_chunk, context)
+        self.trunk = Trunk(self.config, dtype, *form)
         self.schedule = make_schedule(run.optimizer, run.steps)
         tx = make_optimizer(run.optimizer, run.steps)
         self.state, self.frozen = start(run, self.config, params, self.objective, tx)
         self._sum = fingerprint(params)
-        self.stepper = Step(run, self.trunk, self.objective, tx)
-        self.step = jax.jit(self.stepper.__call__, donate_argnums=0)
+        self.stepper = Step(run, self.trunk, self.objective, tx, self.layout)
+        where = None
+        if self.layout is not None:
+            self.state = self.layout.place(self.state)
+            self.frozen = self.layout.place(self.frozen)
+            where = (self.layout.shardings(self.state), None)
+        self.step = jax.jit(
+            self.stepper.__call__, donate_argnums=0, out_shardings=where
+        )
         self.flops = step_flops(self.config, run.batch, run.length)
 
     def about(self) -> dict[str, Any]:
@@ -131,6 +142,8 @@ class Trainer:
 
     def place(self, batch: Batch) -> Batch:
         """A batch on the devices."""
+        if self.layout is not None:
+            return self.layout.place_batch(batch, self.run.batch)
         return {name: jax.device_put(array) for name, array in batch.items()}
 
     def head(self, done: int) -> dict[str, Any]:

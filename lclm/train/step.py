@@ -1,5 +1,6 @@
 """One optimizer step as a pure function of state and batch."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,15 +8,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
+from lclm import sharding
 from lclm.models.trunk import Trunk
 from lclm.objectives.base import Objective, Share
 from lclm.train.config import TrainConfig
+from lclm.train.layout import Layout
 from lclm.train.optim import global_norm
 from lclm.train.state import OWN, TrainState, is_finite, model_params, own_params
 from lclm.typing import Array, Batch, Params
 
 Metrics = dict[str, Array]
+Specs = dict[str, P]
 
 
 @dataclass(frozen=True)
@@ -24,13 +29,15 @@ class Step:
 
     A batch holds the arrays of the whole step; its rows are split into
     `run.accumulate` parts whose gradients add up to exactly those of one batch
-    (sums of losses over sums of weights, not means of means).
+    (sums of losses over sums of weights, not means of means). With a layout, loss and
+    gradients are one `shard_map` over its mesh, the update is not.
     """
 
     run: TrainConfig
     trunk: Trunk
     objective: Objective
     tx: optax.GradientTransformation
+    layout: Layout | None = None
 
     def __call__(
         self, state: TrainState, frozen: Params, batch: Batch
@@ -59,38 +66,76 @@ class Step:
         self, params: Params, frozen: Params, batch: Batch
     ) -> tuple[Metrics, Params]:
         """Loss and companions, and float32 gradients of `params`."""
+        if self.layout is None:
+            return self._part(params, frozen, batch)
+        split, kept = self.layout.specs(params), self.layout.specs(frozen)
+        fn = jax.shard_map(
+            lambda *args: self._part(*args, split | kept),
+            mesh=self.layout.mesh,
+            in_specs=(split, kept, sharding.BATCH),
+            out_specs=(P(), split),
+            check_vma=False,
+        )
+        return fn(params, frozen, self.layout.in_order(batch))
+
+    def _part(
+        self, params: Params, frozen: Params, batch: Batch, specs: Specs | None = None
+    ) -> tuple[Metrics, Params]:
+        """The whole, from this device's part of the batch and of the parameters."""
+        shards = sharding.axis_size(*sharding.TOKENS)
+        weight = sharding.total(self.objective.weight(batch), *sharding.TOKENS)
+        share = Share(jnp.maximum(weight, 1e-6), self.run.accumulate * shards)
+        told, grads = self._summed(params, frozen, batch, share, specs)
+        told = sharding.total(told, *sharding.TOKENS)
+        for path in grads if specs else ():
+            over = sharding.unsplit(specs[path])
+            grads[path] = sharding.total(grads[path], *over)
+        return told | {"weight": weight}, grads
+
+    def _summed(
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        share: Share,
+        specs: Specs | None,
+    ) -> tuple[Metrics, Params]:
+        """Sums over microbatches."""
         parts = self.run.accumulate
-        total = self.objective.weight(batch)
-        share = Share(jnp.maximum(total, 1e-6), parts)
-        one = jax.value_and_grad(self._loss, has_aux=True)
+        one = jax.value_and_grad(functools.partial(self._loss, specs), has_aux=True)
         if parts == 1:
-            (loss, told), grads = one(params, frozen, batch, share)
-            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-            return told | {"loss": loss, "weight": total}, grads
+            (_, told), grads = one(params, frozen, batch, share)
+            return told, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
         def add(sums: Any, part: Batch) -> tuple[Any, None]:
-            (loss, told), grads = one(params, frozen, part, share)
-            return jax.tree.map(jnp.add, sums, (told | {"loss": loss}, grads)), None
+            (_, told), grads = one(params, frozen, part, share)
+            return jax.tree.map(jnp.add, sums, (told, grads)), None
 
         micro = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
         first = jax.tree.map(lambda x: x[0], micro)
-        shapes = jax.eval_shape(lambda: one(params, frozen, first, share))
-        (loss, told), grads = shapes
-        zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, jnp.float32), (told | {"loss": loss}, grads)
-        )
-        (told, grads), _ = lax.scan(add, zeros, micro)
-        return told | {"weight": total}, grads
+        (_, told), grads = jax.eval_shape(lambda: one(params, frozen, first, share))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (told, grads))
+        return lax.scan(add, zeros, micro)[0]
 
     def _loss(
-        self, params: Params, frozen: Params, batch: Batch, share: Share
+        self,
+        specs: Specs | None,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        share: Share,
     ) -> tuple[Array, Metrics]:
+        """This device's share of the loss, such that those of all devices add up."""
         flat = params | frozen
+        if specs is not None:
+            flat = sharding.as_split(flat, specs)
         tree = model_params(self.run, flat)
         own = own_params(flat)
         if own:
             tree["objective"] = own
-        return self.objective.loss(self.trunk, tree, batch, share)
+        loss, told = self.objective.loss(self.trunk, tree, batch, share)
+        copies = sharding.axis_size(*sharding.COPIES)
+        return loss / copies, told | {"loss": loss}
 
     def _project(self, params: Params) -> Params:
         own = self.objective.project(own_params(params))

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention.spec import Spec, wide
+from pallas_kernels.attention.vjp import backward
 from pallas_kernels.mask import Mask
 
-__all__ = ["attention", "merge"]
+__all__ = ["attention", "gradients", "merge"]
 
 
 def attention(
@@ -46,6 +47,27 @@ def attention(
     call = dispatch.Call(spec, q.shape, k.shape, q.dtype, dispatch.platform())
     run = dispatch.select(call, implementation)
     return run(spec, q, k, v, sink, q_segment_ids, kv_segment_ids)
+
+
+def gradients(
+    saved: Sequence[jax.Array | None],
+    cotangents: tuple[jax.Array, jax.Array],
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What some keys add to the gradients of q, k and v of an attention over more.
+
+    `saved` are q, the keys and values in question, segment ids of queries and of those
+    keys (or None), and the out and lse that `merge` gave for all keys together;
+    `cotangents` are those of that out and lse.
+    """
+    q, k, v, q_segment_ids, kv_segment_ids, out, lse = saved
+    _check(q, k, v, mask, None, (q_segment_ids, kv_segment_ids))
+    spec = Spec(mask, float(scale), softcap)
+    saved = (q, k, v, None, q_segment_ids, kv_segment_ids, out, lse)
+    return backward(spec, saved, cotangents)[:3]
 
 
 _NOTHING = -1e30  # stands for a log-sum-exp of -inf where gradients must stay finite

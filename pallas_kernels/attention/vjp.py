@@ -34,7 +34,8 @@ def _save(spec: Spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(spec: Spec, saved, cotangents):
+def backward(spec: Spec, saved, cotangents):
+    """Gradients of q, k, v and sink from what `_save` keeps."""
     q, k, v, sink, q_segment_ids, kv_segment_ids, out, lse = saved
     d_out, d_lse = cotangents
     delta = jnp.einsum("btnh,btnh->bnt", wide(d_out), wide(out))
@@ -139,7 +140,7 @@ def _put_heads(total, part, b, g):
 
 
 def _apply(spec: Spec, saved, cotangents):
-    d_q, d_k, d_v, d_sink = _backward(spec, saved, cotangents)
+    d_q, d_k, d_v, d_sink = backward(spec, saved, cotangents)
     return d_q, d_k, d_v, d_sink, None, None
 
 
