@@ -285,8 +285,7 @@ def _on_positions(pattern, qkv, tokens, keys, first) -> tuple[Array, Array]:
             mask=mask,
             scale=pattern.scale,
             softcap=pattern.softcap,
-            segments=tokens.segments,
-            k_segments=keys.segments,
+            segments=(tokens.segments, keys.segments),
         )
 
     return _for_heads(pattern, q.shape[2], first, run)

@@ -5,6 +5,7 @@ not start where the key axis does. Work is that of all pairs; memory is bounded.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +28,17 @@ def masked_attention(
     mask: Mask,
     scale: float | None = None,
     softcap: float | None = None,
-    segments: Int[Array, "B T"] | None = None,
-    k_segments: Int[Array, "B S"] | None = None,
+    segments: Any = None,
 ) -> tuple[Float[Array, "B T N E"], Float[Array, "B N T"]]:
     """(out, log of the denominator); rows that see nothing give 0 and -inf.
 
     Query at p sees key at j where 0 <= j <= p, `mask` shows it and, with `segments`
-    (ids of queries, and of keys where `k_segments` is None), both are of one document.
+    (ids [B, T] of both, or a pair of those of queries and of keys), both are of one
+    document.
     """
-    k_segments = segments if k_segments is None else k_segments
+    segments, k_segments = (
+        segments if isinstance(segments, tuple) else (segments, segments)
+    )
     (B, T, N, H), S = q.shape, k.shape[2]
     rows = max(1, min(T, PAIRS // (B * N * S)))
     count = -(-T // rows)

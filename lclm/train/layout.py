@@ -59,7 +59,7 @@ class Layout:
             if _packed(leaf):
                 raise LclmError(
                     f"packed matrices on a mesh with tensor x expert = {copies}: they "
-                    "are not split; set both to 1, or model.base to dense matrices"
+                    "are not split; set both to 1, or start from a dense checkpoint"
                 )
         return jax.tree.map(_put, tree, self.shardings(tree))
 

@@ -38,6 +38,7 @@ MODELS = {
     "mixed": lambda: model(attention(window=4), attention()),
     "sinks": lambda: model(attention(window=4, sinks=2)),
     "s2": lambda: model(attention(pattern="shifted_groups:group=8")),
+    "s2rows": lambda: model(attention(pattern="shifted_groups:group=8", laid="rows")),
     "moe": lambda: model(
         LayerSpec(AttentionSpec(4, 2, 8, ROPE), MoeSpec(24, 4, 2)), repeats=2
     ),

@@ -10,7 +10,7 @@ from pallas_kernels import mask as masks
 HEAD = "from tests.train.meshes import same\n"
 # Strategies x masks, each strategy and each mask at least once.
 FAST = """
-same("s2", dict(data=2, context_ulysses=4))
+same("s2rows", dict(data=2, context_ulysses=4))
 same("wide", dict(context_ring=4, data=2, context="ring"), remat=dict(kind="attention"))
 same("window", dict(data=2, context_ring=4))
 same("mqa", dict(context_ring=2, context_ulysses=4, context="ring"), packed=False)
@@ -25,7 +25,7 @@ meshes = [
     dict(data=2, context_ring=4),
     dict(fsdp=2, tensor=2, context_ring=2, context="ring"),
 ]
-for name in ("plain", "dressed", "window", "mixed", "s2", "sinks", "wide"):
+for name in ("plain", "dressed", "window", "mixed", "s2", "s2rows", "sinks", "wide"):
     for mesh in meshes:
         for packed in (True, False):
             same(name, mesh, packed=packed)
@@ -127,7 +127,7 @@ def test_loss_and_gradients_of_shared_rows_are_those_of_one_device(on_devices):
 
 @pytest.mark.slow
 def test_every_strategy_agrees_for_every_mask(on_devices):
-    assert on_devices(HEAD + PRODUCT, timeout=3000).count("same:") == 87
+    assert on_devices(HEAD + PRODUCT, timeout=3000).count("same:") == 99
 
 
 @pytest.mark.slow
