@@ -111,6 +111,7 @@ def make_layout(
     sizes = dict(mesh.shape)
     _check_rows(run, sizes)
     _check_layers(config, sizes)
+    _check_objective(run, sizes)
     ring, ulysses = (sizes[name] for name in sharding.SEQUENCE)
     if ring * ulysses == 1:
         return Layout(mesh, ALONE)
@@ -130,6 +131,17 @@ def _check_rows(run: TrainConfig, sizes: dict[str, int]) -> None:
             f"batch {run.batch} does not split over data x fsdp = {shards} devices in "
             f"accumulate={run.accumulate} microbatches: make batch a multiple of "
             f"{shards * run.accumulate}"
+        )
+
+
+def _check_objective(run: TrainConfig, sizes: dict[str, int]) -> None:
+    """Probes read the heads and the rows of an attention layer as a whole."""
+    parts = math.prod(sizes[n] for n in ("tensor", *sharding.SEQUENCE))
+    if parts > 1 and not str(run.objective).startswith("next_token"):
+        raise LclmError(
+            f"objective {run.objective!r} looks into attention layers, whose heads and "
+            "rows cannot be shared then: set tensor, context_ring and context_ulysses "
+            "to 1 and use data or fsdp"
         )
 
 

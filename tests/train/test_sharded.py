@@ -83,6 +83,7 @@ refused("multiple of 8", "plain", dict(context_ulysses=4, context_ring=2), lengt
 refused("8 does not divide the 4 query heads", "plain", dict(context_ulysses=8))
 refused("'halo' on 4 ring parts", "plain", dict(data=2, context_ring=4, context="halo"))
 refused("did you mean 'ring'", "plain", dict(context_ring=8, context="rng"))
+refused("looks into attention", "plain", dict(data=4, tensor=2), objective="duo_gates")
 print("all refused")
 """
 
