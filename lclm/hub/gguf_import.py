@@ -24,6 +24,7 @@ from lclm.hub.gguf_quants import PACKABLE, pack
 from lclm.hub.gguf_vocab import gguf_tokenizer
 from lclm.hub.names import gguf_names, param_shapes
 from lclm.ops.rope import frequencies
+from lclm.specs import MoeSpec
 from lclm.tree import nest
 
 FAMILIES = {
@@ -138,7 +139,11 @@ def _row_order(config: ModelConfig, path: str) -> np.ndarray | None:
     Per head, stored row 2j is our row j and 2j + 1 is j + H / 2.
     """
     parts = path.split("/")
-    if config.family != "llama" or len(parts) < 3 or parts[2] not in "qk":
+    if (
+        config.family not in ("llama", "mixtral")
+        or len(parts) < 3
+        or parts[2] not in "qk"
+    ):
         return None
     mixer = config.layers[int(parts[0].removeprefix("layers_"))].mixer
     heads = mixer.heads if parts[2] == "q" else mixer.kv_heads
@@ -171,7 +176,7 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     layers = tuple(_layer(file, keys, norm, i) for i in range(keys.depth()))
     bos, eos = special_tokens(file)
     return ModelConfig(
-        family=FAMILIES[arch],
+        family="mixtral" if keys.maybe("expert_count", int) else FAMILIES[arch],
         vocab=file.tensors["token_embd.weight"].shape[0],
         width=width,
         stack=find_runs(layers),
@@ -213,12 +218,29 @@ def _layer(file: GgufFile, keys: GgufKeys, norm: NormSpec, index: int) -> LayerS
         out_bias=f"blk.{index}.attn_output.bias" in file.tensors,
         qk_norm=keys.arch in ("qwen3", "gemma3"),
     )
+    if keys.maybe("expert_count", int):
+        return LayerSpec(mixer, _experts(keys), norm)
     mlp = MlpSpec(
         keys.whole("feed_forward_length"),
         "gelu_tanh" if gemma else "silu",
         f"blk.{index}.ffn_down.bias" in file.tensors,
     )
     return LayerSpec(mixer, mlp, norm, post_norms=gemma)
+
+
+def _experts(keys: GgufKeys) -> MoeSpec:
+    """Mixtral's feed-forward, which llama.cpp files under architecture llama."""
+    if keys.arch != "llama":
+        raise LclmError(
+            f"{keys.file.path}: {keys.arch}.expert_count is set, but experts are read "
+            "in architectures llama (Mixtral) and jamba only"
+        )
+    return MoeSpec(
+        keys.whole("feed_forward_length"),
+        keys.whole("expert_count"),
+        keys.whole("expert_used_count"),
+        renormalise=True,
+    )
 
 
 def _gemma_scale(keys: GgufKeys, heads: int) -> float | None:

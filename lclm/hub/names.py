@@ -43,6 +43,7 @@ _GGUF_LAYER = {
     "mlp/gate": "ffn_gate",
     "mlp/up": "ffn_up",
     "mlp/down": "ffn_down",
+    "mlp/router": "ffn_gate_inp",
     "norm1": "attn_norm",
     "norm2": "ffn_norm",
     "post_norm1": "post_attention_norm",
@@ -58,6 +59,7 @@ _TOP_GGUF = {
     "final_norm/scale": "output_norm.weight",
     "head/weight": "output.weight",
 }
+_EXPERTS = {f"mlp/experts/{n}": f"ffn_{n}_exps.weight" for n in ("gate", "up", "down")}
 
 
 def hf_names(config: ModelConfig, family: str) -> Names:
@@ -91,6 +93,8 @@ def _layer_name(path: str, table: dict[str, str], prefix: str) -> str:
     layer, _, rest = path.partition("/")
     index = layer.removeprefix("layers_")
     module, _, leaf = rest.rpartition("/")
+    if table is _GGUF_LAYER and rest in _EXPERTS:
+        return prefix.format(index) + _EXPERTS[rest]
     if module not in table:
         raise unknown("parameter for this file format", path, table)
     suffix = "bias" if leaf == "bias" else "weight"

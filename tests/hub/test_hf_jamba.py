@@ -255,3 +255,55 @@ def test_a_gguf_file_must_say_which_layers_attend(tmp_path):
     write_gguf(path, bundle, [0, 0, 2])
     with pytest.raises(LclmError, match="one number for each of its 4 layers"):
         hub.load(path)
+
+
+def write_mixtral_gguf(path, bundle, arch="llama"):
+    """The model as llama.cpp's converter stores it: q and k rows interleaved."""
+    config, names = bundle.config, gguf_names(bundle.config)
+    attention, experts = config.layers[0].mixer, config.layers[0].mlp
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(len(config.layers))
+    writer.add_context_length(config.context)
+    writer.add_embedding_length(config.width)
+    writer.add_feed_forward_length(experts.width)
+    writer.add_head_count(attention.heads)
+    writer.add_head_count_kv(attention.kv_heads)
+    writer.add_key_length(attention.head_dim)
+    writer.add_value_length(attention.head_dim)
+    writer.add_rope_freq_base(attention.rope.theta)
+    writer.add_layer_norm_rms_eps(config.norm.eps)
+    writer.add_expert_count(experts.experts)
+    writer.add_expert_used_count(experts.top)
+    for key, value in flatten(bundle.params).items():
+        value = np.asarray(value)
+        if key.endswith(("attn/q/weight", "attn/k/weight")):
+            pairs = value.reshape(-1, 2, attention.head_dim // 2, value.shape[1])
+            value = pairs.swapaxes(1, 2).reshape(value.shape)
+        writer.add_tensor(names[key], np.ascontiguousarray(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_mixtral_gguf_gives_the_weights_of_hugging_face(tmp_path):
+    bundle, path = hub.load(GOLDEN / "mixtral"), tmp_path / "m.gguf"
+    write_mixtral_gguf(path, bundle)
+    read = hub.load(path)
+    assert read.config.family == "mixtral"
+    assert [x.mlp for x in read.config.layers] == [x.mlp for x in bundle.config.layers]
+    want = flatten(bundle.params)
+    assert flatten(read.params).keys() == want.keys()
+    for key, value in flatten(read.params).items():
+        np.testing.assert_array_equal(value, want[key])
+    known = set(gguf.TENSOR_NAMES.values())
+    for name in gguf_names(bundle.config).values():
+        block = name.removesuffix(".weight").split(".")
+        assert ("blk.{bid}." + block[-1] if block[0] == "blk" else block[-1]) in known
+
+
+def test_experts_of_another_gguf_architecture_are_refused(tmp_path):
+    bundle, path = hub.load(GOLDEN / "mixtral"), tmp_path / "m.gguf"
+    write_mixtral_gguf(path, bundle, "qwen3")
+    with pytest.raises(LclmError, match="architectures llama"):
+        hub.load(path)
