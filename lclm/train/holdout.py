@@ -25,7 +25,7 @@ class Holdout:
     ):
         used = reshaped(config, run.model)
         self._run, self._batches = run, batches
-        self._trunk = dataclasses.replace(trunk, config=used)
+        self._trunk = dataclasses.replace(trunk, config=used, context=None)
         self._first = batches.get_state()
         self._sums = jax.jit(self._part)
 
