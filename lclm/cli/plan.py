@@ -15,7 +15,7 @@ SIZES = {"float32": 4, "bfloat16": 2}
 
 def main(argv: Sequence[str]) -> None:
     """Print bytes of weights, caches and recurrent states, by policy and length."""
-    about = "Bytes of weights, caches and states, read from the config."
+    about = "Bytes of weights, caches and states; or a train step compiled for a pod."
     parser = options.Parser("plan", about)
     parser.add_argument("source", nargs="?", help="the same as --model")
     parser.add_argument(
@@ -29,7 +29,19 @@ def main(argv: Sequence[str]) -> None:
         "--context", "--lengths", type=options.lengths, default="8k,32k,128k"
     )
     parser.add_argument("--batch", type=options.positive, default=1)
+    parser.add_argument(
+        "--config", metavar="FILE.py[:KEY=VALUE,...]", help="a training run"
+    )
+    parser.add_argument(
+        "--topology", help="compile its step for these devices: v5e:16x16"
+    )
     args = parser.parse_args(argv)
+    if (args.config is None) != (args.topology is None):
+        parser.error("--config and --topology go together: the run, and its devices")
+    if args.config is not None:
+        from lclm.cli.pod import plan_run
+
+        return plan_run(args.config, args.topology)
     if (args.source is None) == (args.model is None):
         parser.error("name one model: `lclm plan jamba-v0.1`")
 

@@ -21,6 +21,9 @@ from lclm.specs import MlpSpec, MoeSpec
 from lclm.train.config import TrainConfig
 from lclm.typing import Batch, Params
 
+BATCH = dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32)
+BATCH |= {"weights": jnp.float32}
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -74,6 +77,14 @@ class Layout:
             return jax.make_array_from_process_local_data(where, array, shape)
 
         return {name: put(np.asarray(array)) for name, array in batch.items()}
+
+    def batch_shapes(self, rows: int, length: int) -> Batch:
+        """Shapes of a batch where `place_batch` would put it."""
+        where = NamedSharding(self.mesh, sharding.BATCH)
+        return {
+            name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=where)
+            for name, dtype in BATCH.items()
+        }
 
     def in_order(self, batch: Batch) -> Batch:
         """The batch with its tokens in the order devices hold them."""

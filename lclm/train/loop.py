@@ -8,22 +8,19 @@ from typing import Any
 
 import jax
 
-from lclm import objectives
 from lclm.config import ModelConfig
 from lclm.data.pipeline import Batches
 from lclm.errors import LclmError
-from lclm.models.trunk import Trunk
 from lclm.train.checkpoint import Store, fingerprint, state_bytes
 from lclm.train.config import TrainConfig
 from lclm.train.holdout import Holdout
-from lclm.train.layout import make_layout
 from lclm.train.metrics import CONVENTION, peak_flops, step_flops
-from lclm.train.optim import make_optimizer, make_schedule
+from lclm.train.optim import make_schedule
 from lclm.train.profile import Profile
 from lclm.train.records import Records
 from lclm.train.stages import begin_from
-from lclm.train.state import TrainState, count, start, training_config
-from lclm.train.step import Metrics, Step
+from lclm.train.state import TrainState, count, start
+from lclm.train.step import Metrics, make_step
 from lclm.train.stop import Stop, Stopped
 from lclm.typing import Batch, Params
 
@@ -46,19 +43,14 @@ class Trainer:
     def __init__(self, run: TrainConfig, config: ModelConfig, params: Params):
         self.run = run
         self.base = config
-        self.config = training_config(config, run.model, run.length)
-        self.objective = objectives.make(run.objective)
-        self.objective.check(self.config, run.length)
-        self.layout = make_layout(run, self.config)
-        dtype = jax.numpy.dtype(run.compute)
-        context = None if self.layout is None else self.layout.context
-        form = (run.scan, run.remat, run.loss_chunk, context)
-        self.trunk = Trunk(self.config, dtype, *form)
+        self.stepper = step = make_step(run, config)
+        self.trunk, self.layout = step.trunk, step.layout
+        self.config = step.trunk.config
         self.schedule = make_schedule(run.optimizer, run.steps)
-        tx = make_optimizer(run.optimizer, run.steps)
-        self.state, self.frozen = start(run, self.config, params, self.objective, tx)
+        self.state, self.frozen = start(
+            run, self.config, params, step.objective, step.tx
+        )
         self._sum = fingerprint(params)
-        self.stepper = Step(run, self.trunk, self.objective, tx, self.layout)
         where = None
         if self.layout is not None:
             self.state = self.layout.place(self.state)

@@ -10,13 +10,21 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from lclm import sharding
+from lclm import objectives, sharding
+from lclm.config import ModelConfig
 from lclm.models.trunk import Trunk
 from lclm.objectives.base import Objective, Share
 from lclm.train.config import TrainConfig
-from lclm.train.layout import Layout
-from lclm.train.optim import global_norm
-from lclm.train.state import OWN, TrainState, is_finite, model_params, own_params
+from lclm.train.layout import Layout, make_layout
+from lclm.train.optim import global_norm, make_optimizer
+from lclm.train.state import (
+    OWN,
+    TrainState,
+    is_finite,
+    model_params,
+    own_params,
+    training_config,
+)
 from lclm.typing import Array, Batch, Params
 
 Metrics = dict[str, Array]
@@ -140,6 +148,23 @@ class Step:
     def _project(self, params: Params) -> Params:
         own = self.objective.project(own_params(params))
         return params | {OWN + path: leaf for path, leaf in own.items()}
+
+
+def make_step(run: TrainConfig, config: ModelConfig, devices: Any = None) -> Step:
+    """The step of a run that starts from a model of this description.
+
+    `devices` are those of its mesh, all there are where None. Raises LclmError for
+    whatever does not fit: objective, rows, heads, layers.
+    """
+    config = training_config(config, run.model, run.length)
+    objective = objectives.make(run.objective)
+    objective.check(config, run.length)
+    layout = make_layout(run, config, devices)
+    context = None if layout is None else layout.context
+    form = (run.scan, run.remat, run.loss_chunk, context)
+    trunk = Trunk(config, jnp.dtype(run.compute), *form)
+    tx = make_optimizer(run.optimizer, run.steps)
+    return Step(run, trunk, objective, tx, layout)
 
 
 def _select(good: Array, new: Any, old: Any) -> Any:
