@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.attention import lanes, xla
+from pallas_kernels.attention import xla
 from pallas_kernels.attention.spec import Spec, corner, wide, wide_dtype
 
 
@@ -78,7 +78,7 @@ def _backward_class(spec, q, k, v, segments, d_out, lse, delta):
     delta = tiling.pad_rows(delta, 2)
 
     def block(r, carry, b, g, k_heads, v_heads):
-        d_k, d_v = carry
+        d_q, d_k, d_v = carry
         rows = wide(tiling.rows(q, b, g, r)) * spec.scale
         rows, d_rows = rows.astype(compute), tiling.rows(d_out, b, g, r)
         d_rows = d_rows.astype(compute)
@@ -107,25 +107,20 @@ def _backward_class(spec, q, k, v, segments, d_out, lse, delta):
         acc = jnp.zeros((*rows.shape[:2], k.shape[3]), wide_dtype(q))
         ids = None if segments is None else (segments[0][b], segments[1][b])
         acc, d_k, d_v = tiling.loop(r, ids, step, (acc, d_k, d_v))
-        return (d_k, d_v), (acc * spec.scale).astype(q.dtype)
+        return tiling.put_rows(d_q, acc * spec.scale, b, g, r), d_k, d_v
 
     def heads(n, carry):
         d_q, d_k, d_v = carry
         b, g = n // (K // p.batch), n % (K // p.batch)
         k_heads, v_heads = tiling.heads(k, b, g), tiling.heads(v, b, g)
         body = functools.partial(block, b=b, g=g, k_heads=k_heads, v_heads=v_heads)
+        zeros = [jnp.zeros(x.shape, wide_dtype(x)) for x in (k_heads, v_heads)]
+        d_q, *own = lax.fori_loop(0, p.rows, body, (d_q, *zeros))
+        return d_q, _put_heads(d_k, own[0], b, g), _put_heads(d_v, own[1], b, g)
 
-        def zeros():
-            return tuple(jnp.zeros(x.shape, wide_dtype(x)) for x in (k_heads, v_heads))
-
-        own, rows = lanes.fold(p.rows, body, zeros)
-        own_k, own_v = (sum(parts[1:], parts[0]) for parts in zip(*own, strict=True))
-        d_q = tiling.put_rows(d_q, rows, b, g)
-        return d_q, _put_heads(d_k, own_k, b, g), _put_heads(d_v, own_v, b, g)
-
-    start = (jnp.zeros(q.shape, q.dtype), jnp.zeros_like(k), jnp.zeros_like(v))
+    zeros = (jnp.zeros(q.shape, q.dtype), jnp.zeros_like(k), jnp.zeros_like(v))
     count = k.shape[0] * (K // p.batch)
-    d_q, d_k, d_v = lax.fori_loop(0, count, heads, start)
+    d_q, d_k, d_v = lax.fori_loop(0, count, heads, zeros)
     return d_q[:, :T], d_k, d_v
 
 

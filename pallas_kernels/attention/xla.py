@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.attention import lanes
 from pallas_kernels.attention.plan import Plan, plan
 from pallas_kernels.attention.spec import Spec, corner, wide, wide_dtype
 
@@ -139,12 +138,13 @@ class Tiling:
         x = x.reshape(block, n, self.group, -1).transpose(1, 2, 0, 3)
         return x.reshape(n, self.group * block, -1)
 
-    def put_rows(self, out, x, b, g):
-        """Write what `rows` reads of every block: [blocks, batch, rows, H]."""
+    def put_rows(self, out, x, b, g, r):
+        """Write what `rows` reads."""
         n, block = self.plan.batch, self.plan.block_q
-        x = x.reshape(-1, n, self.group, block, x.shape[-1]).transpose(0, 3, 1, 2, 4)
-        x = x.reshape(1, -1, n * self.group, x.shape[-1]).astype(out.dtype)
-        return lax.dynamic_update_slice(out, x, corner(b, 0, g * n * self.group, 0))
+        x = x.reshape(n, self.group, block, -1).transpose(2, 0, 1, 3)
+        x = x.reshape(1, block, n * self.group, -1).astype(out.dtype)
+        start = corner(b, r * block, g * n * self.group, 0)
+        return lax.dynamic_update_slice(out, x, start)
 
     def vector(self, x, b, g, r):
         """One block of a per-row statistic [B, N, T]: [batch, group * block_q]."""
@@ -152,11 +152,11 @@ class Tiling:
         x = lax.dynamic_slice(x, corner(b, g * n, r * block), (1, n, block))
         return x.reshape(self.plan.batch, self.group * block)
 
-    def put_vector(self, out, x, b, g):
-        """Write what `vector` reads of every block: [blocks, batch, rows]."""
+    def put_vector(self, out, x, b, g, r):
+        """Write what `vector` reads."""
         n, block = self.plan.batch * self.group, self.plan.block_q
-        x = x.reshape(-1, n, block).transpose(1, 0, 2).reshape(1, n, -1)
-        return lax.dynamic_update_slice(out, x, corner(b, g * n, 0))
+        x = x.reshape(1, n, block)
+        return lax.dynamic_update_slice(out, x, corner(b, g * n, r * block))
 
     def loop(self, r, segments, step, carry):
         """Fold `step(carry, view, start, width, seen)` over the tiles of block `r`.
@@ -278,7 +278,8 @@ def _forward_class(spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
     segments = pad_segments(tiling, q_segment_ids, kv_segment_ids)
     q = tiling.pad_rows(q)
 
-    def block(r, _, b, g, k_heads, v_heads, longest):
+    def block(r, carry, b, g, k_heads, v_heads, longest):
+        out, lse = carry
         q_rows = wide(tiling.rows(q, b, g, r)) * spec.scale
         ids = None if segments is None else (segments[0][b], segments[1][b])
         fold = functools.partial(
@@ -297,19 +298,18 @@ def _forward_class(spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
             top, total, acc = _add_sink(tiling, sink, g, top, total, acc)
         some = total > 0
         total = jnp.where(some, total, 1.0)
+        out = tiling.put_rows(out, acc / total[..., None], b, g, r)
         stat = jnp.where(some, top + jnp.log(total), -jnp.inf)
-        return (), ((acc / total[..., None]).astype(v.dtype), stat)
+        return out, tiling.put_vector(lse, stat, b, g, r)
 
     def heads(n, carry):
-        out, lse = carry
         b, g = n // (k.shape[2] // p.batch), n % (k.shape[2] // p.batch)
         k_heads, v_heads = tiling.heads(k, b, g), tiling.heads(v, b, g)
         longest = _longest(wide(k_heads))
-        one = functools.partial(
+        body = functools.partial(
             block, b=b, g=g, k_heads=k_heads, v_heads=v_heads, longest=longest
         )
-        _, (rows, stats) = lanes.fold(p.rows, one, tuple)
-        return tiling.put_rows(out, rows, b, g), tiling.put_vector(lse, stats, b, g)
+        return lax.fori_loop(0, p.rows, body, carry)
 
     out = jnp.zeros((B, q.shape[1], N, width), v.dtype)
     lse = jnp.zeros((B, N, q.shape[1]), wide_dtype(q))

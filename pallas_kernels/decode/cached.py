@@ -5,13 +5,11 @@ Slots may be in any order. A query at position p sees slot c when
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention import lanes
 from pallas_kernels.attention.spec import wide, wide_dtype
 from pallas_kernels.attention.xla import HIDDEN, compute_dtype
 
@@ -185,23 +183,8 @@ def _blocks(scoring: _Scoring, rows, k, v, k_pos, length, block: int):
         jnp.zeros(shape, dtype) + zero,
         jnp.zeros((*shape, v.shape[3]), dtype) + zero,
     )
-    count, number = (limit + block - 1) // block, lanes.lanes()
-
-    def lane(i: int):
-        own = (count - i + number - 1) // number
-        return lax.fori_loop(0, own, lambda n, s: step(n * number + i, s), state)
-
-    joined = functools.reduce(_join, (lane(i) for i in range(number)))
-    return tuple(x[:, :, :R] for x in joined)
-
-
-def _join(one, other):
-    """Online-softmax states over other keys, as one."""
-    top = jnp.maximum(one[0], other[0])
-    shift = jnp.where(top > HIDDEN / 2, top, 0.0)
-    mine, theirs = jnp.exp(one[0] - shift), jnp.exp(other[0] - shift)
-    total = one[1] * mine + other[1] * theirs
-    return top, total, one[2] * mine[..., None] + other[2] * theirs[..., None]
+    state = lax.fori_loop(0, (limit + block - 1) // block, step, state)
+    return tuple(x[:, :, :R] for x in state)
 
 
 def column_sums(
