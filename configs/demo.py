@@ -4,8 +4,9 @@
 
 SmolLM2-135M-Instruct (trained on 8k tokens) reads the King James Bible: 32k tokens with
 a sliding window and with StreamingLLM, 12k with full attention; then it is asked for a
-passkey. About 5 minutes on 2 CPU cores without AMX when nothing else runs, 7 beside
-other work; a first run also compiles, and downloads 103 MB.
+passkey. Last, a tiny model is trained from scratch (smoke.py). About 6 minutes on 2 CPU
+cores without AMX when nothing else runs, 8 beside other work; a first run also
+compiles, and downloads 103 MB.
 Expected: in float32, perplexity before 8k and from 8k to 32k of 7.1 and 14.0 with
 StreamingLLM, 13.8 and 26.1 with the window without sinks, both in 45 MiB of cache; full
 attention 7.0 and, from 8k to 12k, 26.6 in 541 MiB. (The opening of this book is easy
@@ -15,8 +16,18 @@ for the model: compare caches, not columns.) The passkey is found at 4k and 8k.
 import ml_collections
 
 
-def get_config(model="smollm2-135m", source="kjv", length=32768, full=12288, dtype=""):
-    """`length`: tokens read with bounded caches; `full`: with full attention."""
+def get_config(
+    model="smollm2-135m",
+    source="kjv",
+    length=32768,
+    full=12288,
+    dtype="",
+    smoke="",
+):
+    """`length`: tokens read with bounded caches; `full`: with full attention.
+
+    `smoke`: the training config, smoke.py beside this file where empty.
+    """
     config = ml_collections.ConfigDict()
     config.name = "demo"
     config.title = "Four times the trained context"
@@ -43,5 +54,9 @@ def get_config(model="smollm2-135m", source="kjv", length=32768, full=12288, dty
             ],
         ),
         dict(eval="passkey", lengths=[4096, 8176], depths=[0.5]),
+        dict(
+            train=smoke or __file__.replace("demo.py", "smoke.py"),
+            title="A tiny model trained from scratch, stopped half way and resumed",
+        ),
     ]
     return config

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lclm.cli.config_file import read_config
+from lclm.cli.training_stage import TrainingStage
 from lclm.config import from_dict
 from lclm.errors import LclmError, did_you_mean
 from lclm.evals import EVALS
@@ -35,7 +36,7 @@ class Job:
 
     name: str
     model: str
-    stages: tuple[Stage, ...]
+    stages: tuple[Stage | TrainingStage, ...]
     dtype: str = ""
     quantize: str = ""
     title: str = ""
@@ -90,13 +91,16 @@ def to_job(config: Any) -> Job:
     return Job(stages=tuple(_stage(s, i) for i, s in enumerate(stages)), **data)
 
 
-def _stage(data: Any, index: int) -> Stage:
+def _stage(data: Any, index: int) -> Stage | TrainingStage:
     where = f"stages[{index}]"
     data = data.to_dict() if hasattr(data, "to_dict") else data
+    if isinstance(data, dict) and "train" in data:
+        return from_dict(TrainingStage, data, f"{where}.")
     if not isinstance(data, dict) or "eval" not in data:
         raise LclmError(
             f"{where} is {data!r}; expected a table with 'eval', one of "
-            f"{', '.join(EVALS)}, and that evaluation's settings"
+            f"{', '.join(EVALS)}, and that evaluation's settings, or with 'train', a "
+            "training config"
         )
     settings = {k: v for k, v in data.items() if k not in ("eval", "title")}
     kind = data["eval"]

@@ -22,6 +22,7 @@ from rich.table import Table as RichTable
 from lclm.cli import options
 from lclm.cli.job import Job, Stage, read_job
 from lclm.cli.page import Page, Section
+from lclm.cli.training_stage import TrainingStage, run_training
 from lclm.data.fetch import write_atomic
 from lclm.errors import LclmError
 from lclm.evals.base import Journal, Panel
@@ -68,6 +69,8 @@ def run(
     version = _version("lclm")
     journals = [
         Journal(folder / "metrics.jsonl", scope=job.scope(s, version=version))
+        if isinstance(s, Stage)
+        else None
         for s in job.stages
     ]
     console.print(f"[bold]{job.title or job.name}[/bold]  [dim]{job.model}[/dim]")
@@ -82,7 +85,13 @@ def run(
     sections: list[Section] = []
     try:
         for stage, journal in zip(job.stages, journals, strict=True):
-            sections.append(_run_stage(stage, lm, journal, folder, console))
+            if isinstance(stage, TrainingStage):
+                section = run_training(stage, folder / "train", console)
+                for panel in section.panels:
+                    console.print(to_rich(panel))
+                sections.append(section)
+            else:
+                sections.append(_run_stage(stage, lm, journal, folder, console))
             _write_report(job, sections, folder, config)
     except KeyboardInterrupt:
         console.print(

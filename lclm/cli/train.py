@@ -43,11 +43,14 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="begin anew; an earlier folder is renamed, not removed",
     )
+    parser.add_argument(
+        "--until", type=options.positive, metavar="STEP", help="stop after this step"
+    )
     args = parser.parse_args(argv)
     from lclm.train.stop import Stopped
 
     try:
-        run(args.config, workdir=args.workdir, restart=args.restart)
+        run(args.config, workdir=args.workdir, restart=args.restart, until=args.until)
     except Stopped as stop:
         again = " ".join(["lclm train", *(a for a in argv if a != "--restart")])
         print(f"lclm: {stop}; to go on: {again}", file=sys.stderr)
@@ -60,18 +63,20 @@ def run(
     *,
     workdir: str | Path | None = None,
     restart: bool = False,
+    until: int | None = None,
     console: Console | None = None,
 ) -> Path:
     """Train the run of `config` and return the folder of the trained model.
 
     `workdir` (default `runs/<name>`) receives train.json, metrics.jsonl, events/,
-    checkpoints/, loss.png and model/. An unfinished run of the same config that is
-    there is resumed, a finished one only named; `restart` renames what is there.
+    checkpoints/, loss.png, model/, and hf/ and sample.txt where asked for. An
+    unfinished run of the same config that is there is resumed, a finished one only
+    named; `restart` renames what is there. `until` ends this sitting after that step.
 
     Raises:
       LclmError: the config, the model, the data or the folder is at fault; nothing is
         written then.
-      Stopped: SIGTERM or Ctrl-C; a checkpoint is written.
+      Stopped: SIGTERM, Ctrl-C or `until`; a checkpoint is written.
     """
     from lclm.train.config import train_config
 
@@ -92,11 +97,17 @@ def run(
             f"{run.model.source!r} has no tokenizer: set model.tokenizer to 'bytes' or "
             "to a folder with a tokenizer.json"
         )
-    return _train(run, bundle, folder, console, restart=restart)
+    return _train(run, bundle, folder, console, restart=restart, until=until)
 
 
 def _train(
-    run: Any, bundle: Any, folder: Path, console: Console, *, restart: bool
+    run: Any,
+    bundle: Any,
+    folder: Path,
+    console: Console,
+    *,
+    restart: bool,
+    until: int | None,
 ) -> Path:
     from lclm.train.checkpoint import Store, check_disk
     from lclm.train.loop import Trainer
@@ -123,11 +134,29 @@ def _train(
     )
     write_atomic(folder / "train.json", json.dumps(run.to_json(), indent=2) + "\n")
     with _bars(console, run.steps, done) as observe:
-        trained = trainer.fit(batches, folder, observe, store=store, holdout=holdout)
+        trained = trainer.fit(
+            batches, folder, observe, store=store, holdout=holdout, until=until
+        )
     loss_curve(folder, title=run.title or run.name)
     target = _export(run, trainer, trained, bundle, folder)
     console.print(f"trained in {trained.seconds:.0f} s: [bold]{target}[/bold]")
+    if run.sample is not None:
+        text = write_sample(run.sample, target, folder / "sample.txt")
+        console.print(text, style="italic", markup=False, highlight=False)
     return target
+
+
+def write_sample(sample: Any, model: Path, path: Path) -> str:
+    """What the trained model makes of a prompt, as stored: loaded, asked, written."""
+    import lclm
+
+    lm = lclm.load(model)
+    found = lm.generate(
+        sample.prompt, sample.tokens, temperature=sample.temperature, seed=0
+    )
+    text = sample.prompt + found.text
+    write_atomic(path, text + "\n")
+    return text
 
 
 def _open(run: Any, bundle: Any) -> tuple[Any, Any]:
@@ -158,7 +187,11 @@ def _export(run: Any, trainer: Any, trained: Any, bundle: Any, folder: Path) -> 
             own = trained_params(run, trainer.config, trained.state.params)
             told = dict(config=config, spec=run.model.lora, base=run.model.source)
             save_adapter(folder / "adapter", own, **told)
-        hub.save_orbax(half, Bundle(config, params, bundle.tokenizer, run.name))
+        made = Bundle(config, params, bundle.tokenizer, run.name)
+        if run.hugging_face:
+            shutil.rmtree(folder / "hf", ignore_errors=True)
+            hub.save_hf(folder / "hf", made)
+        hub.save_orbax(half, made)
         half.rename(target)
     except Exception as error:
         shutil.rmtree(half, ignore_errors=True)

@@ -11,7 +11,7 @@ from lclm.errors import LclmError
 
 # What may change between two sittings: how a run is looked at and where it runs.
 FREE = frozenset(
-    ("title", "about", "log_every", "profile", "checkpoints", "mesh", "remat")
+    ("title", "about", "log_every", "profile", "checkpoints", "mesh", "remat", "sample")
 )
 
 

@@ -157,13 +157,23 @@ class Checkpoints:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A text that the trained model continues at the end of a run."""
+
+    prompt: str
+    tokens: int = 128
+    temperature: float = 0.8
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run. `batch` rows of `length` tokens make a step, in `accumulate` parts.
 
     start_from: folder of a finished run whose trained parameters this one begins with,
     and with carry_optimizer its moments too; the schedule and the count of steps begin
     anew. eval_every: steps between looks at `eval_batches` batches of `holdout`.
-    profile: first and last step of a profiler trace in WORKDIR/profile.
+    profile: first and last step of a profiler trace in WORKDIR/profile. hugging_face:
+    leave WORKDIR/hf beside WORKDIR/model. sample: a text continued at the end.
     """
 
     name: str
@@ -188,6 +198,8 @@ class TrainConfig:
     eval_batches: int = 8
     log_every: int = 10
     profile: tuple[int, ...] = ()
+    hugging_face: bool = False
+    sample: Sample | None = None
     seed: int = 0
     title: str = ""
     about: str = ""

@@ -103,14 +103,15 @@ class Trainer:
         *,
         store: Store | None = None,
         holdout: Batches | None = None,
+        until: int | None = None,
     ) -> Trained:
         """Run the steps that are left and record them in `folder`.
 
         Checkpoints go to `store`, one at the end included. SIGTERM and Ctrl-C end the
-        run after the step it is in.
+        run after the step it is in; `until` ends it after that step.
 
         Raises:
-          Stopped: a signal ended it; the state is in a checkpoint.
+          Stopped: a signal or `until` ended it; the state is in a checkpoint.
           LclmError: no step had a finite loss.
         """
         began = time.perf_counter()
@@ -120,9 +121,9 @@ class Trainer:
             Profile(self.run.profile, folder / "profile") as profile,
         ):
             sitting = _Sitting(self, records, observe, store, holdout)
-            sitting.run(batches, profile, stop)
+            sitting.run(batches, profile, stop, until or self.run.steps)
         done, skipped = int(self.state.step), int(self.state.skipped)
-        if stop.asked is not None and done < self.run.steps:
+        if done < self.run.steps:
             raise Stopped(stop.asked, done)
         if skipped == self.run.steps:
             raise LclmError(
@@ -192,11 +193,11 @@ class _Sitting:
         self._unread: tuple[int, Metrics] | None = None
         self._since, self._mark = self.done, time.perf_counter()
 
-    def run(self, batches: Batches, profile: Profile, stop: Stop) -> None:
-        """Step until the end or a signal; the last state is saved."""
+    def run(self, batches: Batches, profile: Profile, stop: Stop, until: int) -> None:
+        """Step until the end, `until` or a signal; the last state is saved."""
         made, run = self.trainer, self.trainer.run
         self.records.write(made.head(self.done))
-        while self.done < run.steps and stop.asked is None:
+        while self.done < min(run.steps, until) and stop.asked is None:
             batch = made.place(next(batches))
             profile.before(self.done + 1)
             with jax.transfer_guard("disallow"):

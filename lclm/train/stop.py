@@ -9,16 +9,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """A run that a signal ended between two steps, its state in a checkpoint."""
+    """A run that ended between two steps, its state in a checkpoint.
 
-    def __init__(self, number: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}")
+    `number` is the signal that asked for it, None where its caller did.
+    """
+
+    def __init__(self, number: int | None, step: int):
+        asked = "as asked" if number is None else f"by {signal.Signals(number).name}"
+        super().__init__(f"stopped {asked} after step {step}")
         self.number, self.step = number, step
 
     @property
     def status(self) -> int:
         """What a shell expects of a process that a signal ended: 128 + its number."""
-        return 128 + self.number
+        return 0 if self.number is None else 128 + self.number
 
 
 class Stop:
