@@ -13,7 +13,7 @@ from lclm.config import AttentionSpec, ModelConfig
 from lclm.models.decoder import Decoder, loss_table
 from lclm.models.remat import NO_REMAT, RematSpec
 from lclm.ops.int8 import Int8Weight
-from lclm.ops.loss import shared_token_nll
+from lclm.ops.loss import token_nll, weighted_nll
 from lclm.ops.moe import COLLECTION, aux_loss
 from lclm.ops.packed import PackedWeight
 from lclm.specs import MoeSpec
@@ -90,15 +90,27 @@ class Trunk:
         self, params: Params, hidden: Float[Array, "B T D"], batch: Batch
     ) -> Float[Array, "B T"]:
         """Loss in nats of every target; 0 where its weight is 0."""
-        read = {k: params[k] for k in ("embed", "head") if k in params}
         counted = jnp.where(batch["weights"] > 0, batch["targets"], -1)
-        return shared_token_nll(
+        return token_nll(hidden, self._table(params), counted, **self._loss_options())
+
+    def weighted_nll(
+        self, params: Params, hidden: Float[Array, "B T D"], batch: Batch
+    ) -> Float[Array, ""]:
+        """Losses in nats times their weights, added up: what is differentiated."""
+        return weighted_nll(
             hidden,
-            loss_table(self.config, self.cast(read), self.dtype),
-            counted,
-            chunk=self.loss_chunk,
-            softcap=self.config.final_softcap,
+            self._table(params),
+            batch["targets"],
+            batch["weights"],
+            **self._loss_options(),
         )
+
+    def _table(self, params: Params) -> Any:
+        read = {k: params[k] for k in ("embed", "head") if k in params}
+        return loss_table(self.config, self.cast(read), self.dtype)
+
+    def _loss_options(self) -> dict[str, Any]:
+        return {"chunk": self.loss_chunk, "softcap": self.config.final_softcap}
 
     def cast(self, params: Params) -> Params:
         """Dense matrices in the type of the activations; the rest as it is."""

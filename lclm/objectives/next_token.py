@@ -45,8 +45,7 @@ class NextToken:
             tokens = jnp.where(first, trunk.config.bos, batch["tokens"])
             batch = batch | {"tokens": tokens}
         hidden, uneven = trunk.hidden(params, batch)
-        nll = trunk.token_nll(params, hidden, batch)
-        nats = jnp.sum(nll * batch["weights"]) / share.weight
+        nats = trunk.weighted_nll(params, hidden, batch) / share.weight
         told = {"nll": nats}
         if not trunk.routed:
             return nats, told

@@ -1,7 +1,6 @@
 """Next-token loss without the logits: cross-entropy over chunks of tokens."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +29,7 @@ def token_nll(
     `softcap` bounds logits to +-softcap by tanh (arXiv 2408.00118). Raises LclmError
     for a chunk < 1 or a softcap <= 0.
     """
-    if chunk < 1:
-        raise LclmError(f"loss chunk is {chunk}; it must be at least 1 token")
-    if softcap is not None and not softcap > 0:
-        raise LclmError(f"softcap is {softcap}; it must be > 0, or None for no cap")
+    _check(chunk, softcap)
     batch, time, width = hidden.shape
     count = batch * time
     chunk = min(chunk, count)
@@ -47,30 +43,91 @@ def token_nll(
     return loss.reshape(-1)[:count].reshape(batch, time)
 
 
-def shared_token_nll(
+def weighted_nll(
     hidden: Float[Array, "B T D"],
     table: Float[Array, "V D"] | Int8Weight,
     targets: Int[Array, "B T"],
-    **options: Any,
-) -> Float[Array, "B T"]:
-    """`token_nll` by devices that have the same tokens: each a share, then summed."""
-    devices = sharding.axis_size(*sharding.COPIES)
-    if devices == 1:
-        return token_nll(hidden, table, targets, **options)
+    weights: Float[Array, "B T"],
+    *,
+    chunk: int = 256,
+    softcap: float | None = None,
+) -> Float[Array, ""]:
+    """Sum of weights x `token_nll`, whose gradients are made in the same pass.
+
+    The loss is linear in its cotangent, so gradients for a cotangent of 1 are kept and
+    scaled later: logits are computed once, not twice, and none outlive their chunk. The
+    table's gradient is only made where it is asked for; weights have none. On a mesh,
+    devices that have the same tokens take a share each. Raises as `token_nll`.
+    """
+    _check(chunk, softcap)
+    if isinstance(table, Int8Weight):
+        table = table.dequantize(hidden.dtype)
     count, width = targets.size, hidden.shape[-1]
+    devices = sharding.axis_size(*sharding.COPIES)
     share = -(-count // devices)
+    chunk = min(chunk, share)
+    share = -(-share // chunk) * chunk
     spare = share * devices - count
     rows = jnp.pad(hidden.reshape(count, width), ((0, spare), (0, 0)))
-    goals = jnp.pad(targets.reshape(count), (0, spare), constant_values=-1)
+    goals = jnp.pad(targets.reshape(count), (0, spare))
+    weights = jnp.pad(weights.reshape(count), (0, spare))
     start = sharding.axis_index(*sharding.COPIES) * share
-    rows = lax.dynamic_slice_in_dim(rows, start, share)
-    goals = lax.dynamic_slice_in_dim(goals, start, share)
-    own = token_nll(rows[None], table, goals[None], **options)[0]
-    every = lax.dynamic_update_slice_in_dim(
-        jnp.zeros(share * devices, own.dtype), own, start, 0
+    rows, goals, weights = (
+        lax.dynamic_slice_in_dim(x, start, share).reshape(-1, chunk, *x.shape[1:])
+        for x in (rows, goals, weights)
     )
-    every = sharding.total(every, *sharding.COPIES)
-    return every[:count].reshape(targets.shape)
+    own = _sum(rows, table, goals, lax.stop_gradient(weights), softcap)
+    return sharding.total(own, *sharding.COPIES)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _sum(hidden, table, targets, weights, softcap):
+    """Weighted sum of the losses of tokens [n, chunk, D]."""
+    counted = jnp.where(weights > 0, targets, -1)
+    return jnp.sum(_forward(hidden, table, counted, softcap)[0] * weights)
+
+
+def _sum_forward(hidden, table, targets, weights, softcap):
+    """The sum, and its gradients of hidden states and table for a cotangent of 1."""
+    wanted = table.perturbed
+    hidden, table, targets, weights = (
+        x.value for x in (hidden, table, targets, weights)
+    )
+
+    def step(sums, args):
+        loss, into_table = sums
+        rows, goals, weight = args
+        logits = _logits(rows, table, softcap)
+        top = jnp.max(logits, -1, keepdims=True)
+        shares = jnp.exp(logits - top)
+        mass = jnp.sum(shares, -1, keepdims=True)
+        hit = lax.broadcasted_iota(jnp.int32, logits.shape, 1) == goals[:, None]
+        at = goals[:, None]
+        own = jnp.take_along_axis(logits, at, axis=-1, mode="fill", fill_value=jnp.nan)
+        nll = (top + jnp.log(mass) - own)[:, 0]
+        loss += jnp.sum(jnp.where(weight > 0, nll * weight, 0.0))
+        slope = weight[:, None] * (shares / mass - hit)
+        if softcap is not None:
+            slope = slope * (1 - jnp.square(logits / softcap))
+        slope = slope.astype(jnp.promote_types(hidden.dtype, table.dtype))
+        if wanted:
+            into_table += _dot(slope, rows, 0, 0)
+        return (loss, into_table), _dot(slope, table, 1, 0).astype(hidden.dtype)
+
+    start = jnp.float32(0.0), jnp.zeros(table.shape if wanted else (), jnp.float32)
+    (loss, into_table), into_hidden = lax.scan(step, start, (hidden, targets, weights))
+    kept = into_table if wanted else None
+    return loss, (into_hidden, kept, jnp.zeros((), table.dtype))
+
+
+def _sum_backward(softcap, saved, cotangent):
+    into_hidden, into_table, like = saved
+    if into_table is not None:
+        into_table = (cotangent * into_table).astype(like.dtype)
+    return (cotangent * into_hidden).astype(into_hidden.dtype), into_table, None, None
+
+
+_sum.defvjp(_sum_forward, _sum_backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -114,6 +171,13 @@ def _backward(softcap, saved, cotangent):
 
 
 _nll.defvjp(_forward, _backward)
+
+
+def _check(chunk: int, softcap: float | None) -> None:
+    if chunk < 1:
+        raise LclmError(f"loss chunk is {chunk}; it must be at least 1 token")
+    if softcap is not None and not softcap > 0:
+        raise LclmError(f"softcap is {softcap}; it must be > 0, or None for no cap")
 
 
 def _logits(rows: Array, table: Array | Int8Weight, softcap: float | None) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lclm.errors import LclmError
-from lclm.ops.loss import token_nll
+from lclm.ops.loss import token_nll, weighted_nll
 
 B, T, D, V = 2, 13, 8, 37
 
@@ -128,3 +128,43 @@ def test_temporaries_stay_below_the_full_logits(dtype):
 def test_a_chunk_below_one_and_a_cap_of_zero_are_errors(options, word):
     with pytest.raises(LclmError, match=word):
         token_nll(*inputs()[:3], **options)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_weighted_sum_and_its_gradients_are_those_of_the_token_losses(softcap):
+    rng = np.random.default_rng(5)
+    hidden = jnp.asarray(rng.standard_normal((2, 7, 6)), jnp.float32)
+    table = jnp.asarray(rng.standard_normal((11, 6)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 11, (2, 7)))
+    weights = jnp.asarray(rng.integers(0, 3, (2, 7)), jnp.float32) / 2
+
+    def plain(hidden, table):
+        counted = jnp.where(weights > 0, targets, -1)
+        nll = token_nll(hidden, table, counted, chunk=14, softcap=softcap)
+        return 0.3 * jnp.sum(nll * weights)
+
+    def fused(hidden, table):
+        options = dict(chunk=4, softcap=softcap)
+        return 0.3 * weighted_nll(hidden, table, targets, weights, **options)
+
+    want, slopes = jax.value_and_grad(plain, (0, 1))(hidden, table)
+    got, found = jax.value_and_grad(fused, (0, 1))(hidden, table)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(fused(hidden, table), want, rtol=1e-6)
+    for a, b in zip(found, slopes, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+def test_a_frozen_table_costs_no_gradient_of_its_own():
+    hidden = jnp.ones((1, 64, 8))
+    table = jnp.ones((512, 8))
+    targets, weights = jnp.zeros((1, 64), jnp.int32), jnp.ones((1, 64))
+
+    def loss(hidden, table):
+        return weighted_nll(hidden, table, targets, weights, chunk=16)
+
+    def products(argnums):
+        made = jax.make_jaxpr(jax.grad(loss, argnums))(hidden, table)
+        return str(made).count("dot_general[")
+
+    assert products(0) == 2 and products((0, 1)) == 3
