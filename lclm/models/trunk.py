@@ -20,6 +20,9 @@ from lclm.specs import MoeSpec
 from lclm.tree import flatten
 from lclm.typing import Array, Batch, Float, Params
 
+# Names of matrices that activations are multiplied with, parts of adapters included.
+WEIGHTS = ("weight", "table", "gate", "up", "down", "base")
+
 
 @dataclass(frozen=True)
 class Trunk:
@@ -113,17 +116,24 @@ class Trunk:
         return {"chunk": self.loss_chunk, "softcap": self.config.final_softcap}
 
     def cast(self, params: Params) -> Params:
-        """Dense matrices in the type of the activations; the rest as it is."""
+        """Dense matrices in the type of the activations.
+
+        Vectors stay as they are (those of scanned layers, [repeats, D], too), and so do
+        matrices that are no weights of a product, such as Mamba's decays.
+        """
 
         def packed(leaf: Any) -> bool:
             return isinstance(leaf, PackedWeight | Int8Weight)
 
-        def narrow(leaf: Any) -> Any:
-            if packed(leaf) or leaf.ndim < 2:
-                return leaf
-            return leaf.astype(self.dtype)
+        def narrow(path: tuple, leaf: Any) -> Any:
+            names = [getattr(key, "key", getattr(key, "name", "")) for key in path]
+            names = [name for name in names if name != "part"]  # sharding.Split
+            axes = 0 if packed(leaf) else leaf.ndim - names[0].startswith("run_")
+            return (
+                leaf.astype(self.dtype) if axes > 1 and names[-1] in WEIGHTS else leaf
+            )
 
-        return jax.tree.map(narrow, params, is_leaf=packed)
+        return jax.tree_util.tree_map_with_path(narrow, params, is_leaf=packed)
 
 
 def _with_probe(

@@ -26,7 +26,7 @@ class Chip:
     """
 
     platform: str
-    memory: float
+    memory: int
     flops: float
     bandwidth: float
     link: float
