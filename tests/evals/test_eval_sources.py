@@ -170,9 +170,9 @@ def test_without_apt_the_error_says_what_else_to_do(monkeypatch):
         ("kjvv", "did you mean 'kjv'"),
         ("austen:novel=emmma", "unknown novel 'emmma'.*did you mean 'emma'"),
         ("austen:novell=emma", "'novell=emma' is not an option.*did you mean 'novel'"),
-        ("austen:path=/no/such.deb", "no file /no/such.deb"),
+        ("austen:path=/no/such.deb", "there is no '/no/such.deb'"),
         ("local", "missing a required argument: 'path'"),
-        ("local:path=/no/such.txt", "no text file at '/no/such.txt'"),
+        ("local:path=/no/such.txt", "there is no '/no/such.txt'"),
         ("kjv:x", r"'x' is not an option of 'kjv'"),
     ],
 )

@@ -48,6 +48,9 @@ PARAMETERS = {
     "megalodon-7.1b": 7_117_381_632,
     "megalodon-7.3b": 7_385_817_088,
     "megalodon-7b": 7_385_817_088,
+    # Counted by hand: 259 x 128, four layers, a norm.
+    "tiny-bytes": 820_736,
+    "tiny-bytes-hybrid": 955_392,
 }
 
 
