@@ -21,8 +21,8 @@ OURS, PEERS = ("lclm fp32", "lclm bf16"), ("PyTorch fp32", "PyTorch bf16")
 CASES = (
     Case("train", 1024, rounds=5),
     Case("lora", 1024, rounds=5),
-    Case("train", 8192, rounds=2, peers=("lclm bf16", "PyTorch bf16", "PyTorch fp32")),
-    Case("s2", 8192, rounds=2, peers=("lclm bf16",)),
+    Case("train", 8192, rounds=2, peers=("lclm fp32", *PEERS)),
+    Case("s2", 8192, rounds=2, peers=("lclm fp32",)),
 )
 
 
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="default: SmolLM2-135M, pulled")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--cases", action="append", help="words of a title; repeatable")
+    parser.add_argument("--only", action="append", help="peer by name; repeatable")
     parser.add_argument("--pause", type=float, default=0.3, help="between measurements")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "training")
     args = parser.parse_args()
@@ -44,6 +45,7 @@ def main() -> None:
         c for c in CASES if not args.cases or any(w in c.title for w in args.cases)
     ]
     words = "".join(f" --cases={c!r}" for c in args.cases or ())
+    words += "".join(f" --only={name!r}" for name in args.only or ())
     record = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": f"python -m benchmarks.training --peer-python=PYTHON3.11{words}",
@@ -71,6 +73,8 @@ def start(args: argparse.Namespace) -> list[Worker]:
     shared = {"gguf": str(args.gguf), "threads": args.threads}
     found = []
     for name in (*OURS, *PEERS):
+        if args.only and name not in args.only:
+            continue
         dtype = "bfloat16" if name.endswith("bf16") else "float32"
         command = ours if name in OURS else torch
         worker = Worker(name, command, shared | {"dtype": dtype})

@@ -22,6 +22,7 @@ def get_config(
     length=32768,
     full=12288,
     dtype="",
+    quantize="int8",
     smoke="",
 ):
     """`length`: tokens read with bounded caches; `full`: with full attention.
@@ -37,6 +38,7 @@ def get_config(
     )
     config.model = model
     config.dtype = dtype
+    config.quantize = quantize
     config.stages = [
         dict(
             eval="perplexity",
@@ -55,7 +57,7 @@ def get_config(
         ),
         dict(eval="passkey", lengths=[4096, 8176], depths=[0.5]),
         dict(
-            train=smoke or __file__.replace("demo.py", "smoke.py"),
+            train=smoke or __file__.replace("demo.py", "smoke.py:steps=40"),
             title="A tiny model trained from scratch, stopped half way and resumed",
         ),
     ]

@@ -146,7 +146,7 @@ def to_rich(panel: Panel) -> RichTable:
     """The panel as a terminal table: first column left, the rest right."""
     table = RichTable(title=panel.title, caption=panel.note or None, title_style="bold")
     for number, column in enumerate(panel.columns):
-        words = column in ("model said", "wanted")
+        words = column in ("model said", "wanted", "found")
         table.add_column(
             column,
             justify="right" if number else "left",

@@ -67,6 +67,7 @@ def _section(stage: TrainingStage, run: Any, folder: Path) -> Section:
     if (folder / "sample.txt").exists():
         rows.append(("sample", (folder / "sample.txt").read_text().strip()))
     title = stage.title or run.title or run.name
-    panel = Panel(title, ("training", ""), tuple(rows), note=f"config {stage.train}")
+    note = f"config {Path(stage.train).name}"
+    panel = Panel(title, ("training", "found"), tuple(rows), note=note)
     figures = {"loss.png": (folder / "loss.png").read_bytes()}
     return Section(title, (panel,), figures)
