@@ -28,6 +28,8 @@ from lclm.errors import LclmError
 from lclm.evals.base import Journal, Panel
 
 Load = Callable[..., Any]
+# Columns of prose: wrapped where they must be; every other cell is a number or a name.
+PROSE = ("model said", "wanted", "found")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -143,18 +145,28 @@ def _run_stage(
 
 
 def to_rich(panel: Panel) -> RichTable:
-    """The panel as a terminal table: first column left, the rest right."""
+    """The panel as a terminal table: first column left, the rest right.
+
+    Narrow enough for 80 columns: headings and remarks in brackets take their own line,
+    and no word of the first column is broken.
+    """
     table = RichTable(title=panel.title, caption=panel.note or None, title_style="bold")
-    for number, column in enumerate(panel.columns):
-        words = column in ("model said", "wanted", "found")
+    first = " ".join([panel.columns[0], *(row[0] for row in panel.rows)])
+    table.add_column(
+        panel.columns[0], overflow="fold", min_width=max(map(len, first.split()))
+    )
+    for column in panel.columns[1:]:
         table.add_column(
-            column,
-            justify="right" if number else "left",
+            column.replace(" ", "\n"),
+            justify="right",
             overflow="fold",
-            no_wrap=number > 0 and not words,
+            no_wrap=column not in PROSE,
         )
     for row in panel.rows:
-        table.add_row(*row)
+        cells = zip(panel.columns[1:], row[1:], strict=True)
+        table.add_row(
+            row[0], *(c if n in PROSE else c.replace(" (", "\n(") for n, c in cells)
+        )
     return table
 
 
