@@ -16,6 +16,7 @@ from lclm.cache.base import CachePolicy, measured_bytes
 from lclm.config import ModelConfig
 from lclm.errors import LclmError
 from lclm.models.decoder import Decoder
+from lclm.models.extend import read_rope, with_rope
 from lclm.ops.int8 import quantize_params
 from lclm.ops.sampling import Sampler
 from lclm.serve import recompute, snapshot
@@ -38,6 +39,7 @@ def load(
     packed: str | None = None,
     quantize: str | None = None,
     adapter: str | Path | None = None,
+    rope: str | None = None,
 ) -> "LanguageModel":
     """Load a known name, a Hugging Face folder, a .gguf file or an lclm checkpoint.
 
@@ -45,9 +47,10 @@ def load(
     "int4" keeps GGUF weights as they are shipped. quantize: "int8" rounds every matrix
     to int8 rows, the fast form of decoding on a CPU and half the memory of bfloat16;
     norms stay as they are. adapter: a folder of a LoRA adapter of this model (ours or
-    PEFT's), merged into its weights or, where they are packed, laid beside them. mesh:
-    a `jax.sharding.Mesh` to place the weights on; None leaves them on the default
-    device.
+    PEFT's), merged into its weights or, where they are packed, laid beside them. rope:
+    other rotary embeddings for the same weights, "linear:factor=4" (PI), "ntk:...",
+    "dynamic:...", "yarn:..."; options are those of `lclm.models.extend.Rope`. mesh: a
+    `jax.sharding.Mesh` to place the weights on; None leaves them on the default device.
     """
     if dtype not in DTYPES:
         raise LclmError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
@@ -56,11 +59,14 @@ def load(
             f"packed={packed!r} keeps weights as shipped and quantize={quantize!r} "
             "rounds them anew: give one of the two"
         )
+    change = None if rope is None else read_rope(rope)
     wide = jnp.float32 if quantize else DTYPES[dtype]
     bundle = hub.load(source, dtype=wide, packed=packed)
     if adapter is not None:
         bundle = hub.with_adapter(bundle, adapter)
-    params = bundle.params
+    config, params = bundle.config, bundle.params
+    if change is not None:
+        config = with_rope(config, change)
     if quantize is not None:
         params = quantize_params(params, quantize)
     params = jax.tree.map(jnp.asarray, params)
@@ -68,7 +74,7 @@ def load(
         from lclm import sharding
 
         params = sharding.place(params, mesh)
-    return LanguageModel(bundle.config, params, bundle.tokenizer, dtype=DTYPES[dtype])
+    return LanguageModel(config, params, bundle.tokenizer, dtype=DTYPES[dtype])
 
 
 class LanguageModel:

@@ -15,21 +15,31 @@ def build(table: Table, value: Any, example: str) -> Any:
 
     `value` is `name:key=value,...`, or a table with a "name" beside its options.
     """
+    name, options = split(table.kind, value, example)
+    make = table[name]
+    return make(**typed(table.kind, make, name, options))
+
+
+def split(kind: str, value: Any, example: str) -> tuple[Any, dict[str, Any]]:
+    """The name in `value` and its options, as they stand."""
     if isinstance(value, str):
         name, _, text = value.partition(":")
-        pairs = [_pair(table.kind, value, p, example) for p in text.split(",") if p]
-        options: dict[str, Any] = dict(pairs)
-    elif isinstance(value, dict):
+        pairs = [_pair(kind, value, p, example) for p in text.split(",") if p]
+        return name.strip(), dict(pairs)
+    if isinstance(value, dict):
         options = dict(value)
         name = options.pop("name", None)
-    else:
-        raise LclmError(
-            f"{table.kind} {value!r}: give a string such as {example!r} or a table "
-            "with a 'name'"
-        )
-    name = name.strip() if isinstance(name, str) else name
-    make = table[name]
-    return make(**{k: _typed(table.kind, make, name, k, v) for k, v in options.items()})
+        return name.strip() if isinstance(name, str) else name, options
+    raise LclmError(
+        f"{kind} {value!r}: give a string such as {example!r} or a table with a 'name'"
+    )
+
+
+def typed(
+    kind: str, make: Callable, name: Any, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The options as the types that `make` declares for them."""
+    return {k: _typed(kind, make, name, k, v) for k, v in options.items()}
 
 
 def _pair(kind: str, whole: str, text: str, example: str) -> tuple[str, str]:

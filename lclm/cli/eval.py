@@ -1,6 +1,7 @@
 """`lclm eval`: one evaluation on one model, resumable."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,19 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", help="folder (default runs/eval-NAME)")
     args = parser.parse_args(argv)
 
-    from lclm import __version__
-    from lclm.cli.job import Job, Stage
+    from lclm.cli.job import CHOICE_KEYS, Choice, Job, Stage
+    from lclm.cli.run import run_job
     from lclm.config import from_dict
     from lclm.evals import EVALS
-    from lclm.evals.base import Journal
 
     evaluation = from_dict(EVALS[args.name], settings(args.settings))
-    lm = options.load(args)
-    out = Path(args.out or f"runs/eval-{args.name}")
-    stage = Stage(args.name, evaluation)
-    held = " ".join(filter(None, (args.dtype, args.packed, args.quantize)))
-    job = Job(args.name, args.model, (stage,), held)
-    scope = job.scope(stage, version=__version__)
-    with Progress() as observe:
-        journal = Journal(out / "metrics.jsonl", scope=scope)
-        records = evaluation.run(lm, journal=journal, observe=observe)
-    show(evaluation.summary(records, trained=lm.config.context), out)
+    held = {k: getattr(args, k) or "" for k in CHOICE_KEYS}
+    choice = Choice(args.model, **held)
+    choice.check()
+    name = f"eval-{args.name}"
+    job = Job(name, {"": choice}, (Stage(args.name, evaluation),))
+    command = shlex.join(["lclm", "eval", *argv])
+    run_job(job, Path(args.out or f"runs/{name}"), command)
 
 
 def settings(pairs: Sequence[str]) -> dict[str, Any]:
@@ -60,38 +57,3 @@ def settings(pairs: Sequence[str]) -> dict[str, Any]:
                 raise LclmError(f"{pair!r}: {name} was already given as {node!r}")
         node[leaf] = value
     return tree
-
-
-class Progress:
-    """An observer that draws one bar per thing being measured."""
-
-    def __enter__(self):
-        from rich.progress import Progress as Bars
-
-        self._bars = Bars(transient=True)
-        self._tasks: dict[str, Any] = {}
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_):
-        self._bars.stop()
-
-    def __call__(self, label: str, done: int, total: int) -> None:
-        if label not in self._tasks:
-            self._tasks[label] = self._bars.add_task(label, total=total)
-        self._bars.update(self._tasks[label], completed=done, total=total)
-
-
-def show(summary, out: Path) -> None:
-    """Print the tables; write figures and CSV files into `out`."""
-    from rich.console import Console
-
-    from lclm.cli.run import to_rich
-    from lclm.data.fetch import write_atomic
-
-    console = Console()
-    for panel in summary.panels:
-        console.print(to_rich(panel))
-    for name, data in {**summary.figures, **summary.csv}.items():
-        write_atomic(out / name, data)
-    print(f"records, figures and tables: {out}")

@@ -37,6 +37,9 @@ def model_options(parser: Parser) -> None:
         "--quantize", choices=("int8",), help="round matrices: fastest on a CPU"
     )
     parser.add_argument("--adapter", help="folder of a LoRA adapter of this model")
+    parser.add_argument(
+        "--rope", metavar="KIND:KEY=VALUE,...", help="yarn:factor=4, linear:factor=4"
+    )
 
 
 def cache_options(parser: Parser) -> None:
@@ -70,15 +73,15 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 def load(args: argparse.Namespace) -> "LanguageModel":
     """The model that `model_options` names."""
+    names = ("dtype", "packed", "quantize", "adapter", "rope")
+    return load_model(args.model, **{name: getattr(args, name) for name in names})
+
+
+def load_model(source: str, **held: Any) -> "LanguageModel":
+    """`lclm.load`, imported when it is needed."""
     import lclm
 
-    return lclm.load(
-        args.model,
-        dtype=args.dtype,
-        packed=args.packed,
-        quantize=args.quantize,
-        adapter=args.adapter,
-    )
+    return lclm.load(source, **held)
 
 
 def positive(text: str) -> int:

@@ -20,12 +20,12 @@ from rich.progress import (
 from rich.table import Table as RichTable
 
 from lclm.cli import options
-from lclm.cli.job import Job, Stage, read_job
+from lclm.cli.job import Choice, Job, Stage, read_job, scope
 from lclm.cli.page import Page, Section
 from lclm.cli.training_stage import TrainingStage, run_training
 from lclm.data.fetch import write_atomic
 from lclm.errors import LclmError
-from lclm.evals.base import Journal, Panel
+from lclm.evals.base import Journal, Panel, Record
 
 Load = Callable[..., Any]
 # Columns of prose: wrapped where they must be; every other cell is a number or a name.
@@ -65,57 +65,101 @@ def run(
     """
     job = read_job(config)
     folder = Path(workdir) if workdir else Path("runs") / job.name
+    run_job(job, folder, f"lclm run --config={config}", load=load, console=console)
+    return folder / "report.html"
+
+
+def run_job(
+    job: Job,
+    folder: Path,
+    command: str,
+    *,
+    load: Load | None = None,
+    console: Console | None = None,
+) -> None:
+    """Stage by stage, every model through each; the report is whole after each stage.
+
+    `command` is what the report says makes it again.
+    """
     if folder.exists() and not folder.is_dir():
         raise LclmError(f"workdir {str(folder)!r} is a file: name a folder")
     console = console or Console()
-    version = _version("lclm")
-    journals = [
-        Journal(folder / "metrics.jsonl", scope=job.scope(s, version=version))
-        if isinstance(s, Stage)
-        else None
-        for s in job.stages
-    ]
-    console.print(f"[bold]{job.title or job.name}[/bold]  [dim]{job.model}[/dim]")
-    with console.status(f"loading {job.model}"):
-        held = {"dtype": job.dtype, "quantize": job.quantize}
-        lm = (load or _load)(job.model, **{k: v for k, v in held.items() if v})
-    if lm.tokenizer is None:
-        raise LclmError(
-            f"{job.model!r} has no tokenizer, and every stage reads text: put its "
-            "tokenizer.json beside the weights"
-        )
+    held = Held(load or options.load_model, console)
+    console.print(f"[bold]{job.title or job.name}[/bold]")
+    if any(isinstance(s, Stage) for s in job.stages):
+        held(next(iter(job.models.values())))
     sections: list[Section] = []
     try:
-        for stage, journal in zip(job.stages, journals, strict=True):
+        for stage in job.stages:
             if isinstance(stage, TrainingStage):
                 section = run_training(stage, folder / "train", console)
-                for panel in section.panels:
-                    console.print(to_rich(panel))
-                sections.append(section)
             else:
-                sections.append(_run_stage(stage, lm, journal, folder, console))
-            _write_report(job, sections, folder, config)
+                section = _run_stage(stage, job.models, held, folder, console)
+            for panel in section.panels:
+                console.print(to_rich(panel))
+            sections.append(section)
+            _write_report(job, sections, folder, command)
     except KeyboardInterrupt:
         console.print(
             f"[yellow]stopped[/yellow]: finished records are kept in "
             f"{folder / 'metrics.jsonl'}; the same command goes on from there"
         )
         raise
-    report = folder / "report.html"
-    console.print(f"report: [bold]{report}[/bold]")
-    return report
+    console.print(f"report: [bold]{folder / 'report.html'}[/bold]")
 
 
-def _load(source: str, **options: Any) -> Any:
-    import lclm
+class Held:
+    """The model in use: loaded when another one is asked for, one at a time."""
 
-    return lclm.load(source, **options)
+    def __init__(self, load: Load, console: Console):
+        self._load, self._console = load, console
+        self._choice: Choice | None = None
+        self._lm: Any = None
+
+    def __call__(self, choice: Choice) -> Any:
+        """The model of `choice`."""
+        if choice != self._choice:
+            self._choice = self._lm = None
+            words = " ".join([choice.source, *choice.options().values()])
+            self._console.print(f"[dim]{words}[/dim]")
+            with self._console.status(f"loading {words}"):
+                self._lm = self._load(choice.source, **choice.options())
+            self._choice = choice
+            if self._lm.tokenizer is None:
+                raise LclmError(
+                    f"{choice.source!r} has no tokenizer, and every stage reads text: "
+                    "put its tokenizer.json beside the weights"
+                )
+        return self._lm
 
 
 def _run_stage(
-    stage: Stage, lm: Any, journal: Journal, folder: Path, console: Console
+    stage: Stage, models: dict[str, Choice], held: Held, folder: Path, console: Console
 ) -> Section:
-    kept = len(journal.records)
+    """One evaluation of every model, and its figures and tables of all of them."""
+    version = _version("lclm")
+    records: list[Record] = []
+    contexts = []
+    for name, choice in models.items():
+        lm = held(choice)
+        contexts.append(int(getattr(getattr(lm, "config", None), "context", 0)))
+        scoped = scope(choice, stage, version=version)
+        journal = Journal(folder / "metrics.jsonl", scope=scoped)
+        if kept := len(journal.records):
+            console.print(f"[dim]{kept} finished records found and kept[/dim]")
+        found = _measure(stage, lm, journal, console, name)
+        records += [{**r, "model": name} for r in found] if name else found
+    summary = stage.evaluation.summary(records, trained=min(contexts))
+    for name, data in {**summary.figures, **summary.csv}.items():
+        write_atomic(folder / name, data)
+    title = stage.title or summary.panels[0].title
+    return Section(title, summary.panels, summary.figures)
+
+
+def _measure(
+    stage: Stage, lm: Any, journal: Journal, console: Console, name: str = ""
+) -> list[Record]:
+    """Records of one model, measured or found, with a bar for each thing measured."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
@@ -128,20 +172,11 @@ def _run_stage(
 
         def observe(label: str, done: int, total: int) -> None:
             if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total)
+                told = f"{name}: {label}" if name else label
+                tasks[label] = bars.add_task(told, total=total)
             bars.update(tasks[label], completed=done, total=total)
 
-        records = stage.evaluation.run(lm, journal=journal, observe=observe)
-    if kept:
-        console.print(f"[dim]{kept} finished records found and kept[/dim]")
-    trained = int(getattr(getattr(lm, "config", None), "context", 0))
-    summary = stage.evaluation.summary(records, trained=trained)
-    for name, data in {**summary.figures, **summary.csv}.items():
-        write_atomic(folder / name, data)
-    for panel in summary.panels:
-        console.print(to_rich(panel))
-    title = stage.title or summary.panels[0].title
-    return Section(title, summary.panels, summary.figures)
+        return stage.evaluation.run(lm, journal=journal, observe=observe)
 
 
 def to_rich(panel: Panel) -> RichTable:
@@ -170,12 +205,14 @@ def to_rich(panel: Panel) -> RichTable:
     return table
 
 
-def _write_report(job: Job, sections: list[Section], folder: Path, config: str) -> None:
+def _write_report(
+    job: Job, sections: list[Section], folder: Path, command: str
+) -> None:
     page = Page(
         title=job.title or job.name,
         about=job.about,
         sections=tuple(sections),
-        command=f"lclm run --config={config}",
+        command=command,
         config=job.to_json(),
         facts=machine(),
     )

@@ -107,6 +107,7 @@ class Evaluation(Protocol):
     """A frozen dataclass of settings that runs, and says what its records mean.
 
     `SCOPE` names the settings that change a measurement and are not in its key.
+    Records of several models carry the name of theirs as "model" (`by_model`).
     """
 
     SCOPE: ClassVar[tuple[str, ...]]
@@ -131,6 +132,21 @@ def require(ok: bool, text: str) -> None:
 def key_of(record: Mapping[str, Any]) -> tuple:
     """What makes a record the same measurement as another."""
     return tuple(record.get(name) for name in KEY)
+
+
+def by_model(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records by the model that they are of, "" where a run has only one."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record.get("model", ""), []).append(record)
+    return found
+
+
+def row_name(model: str, way: str, ways: int) -> str:
+    """A row of a table: the way of reading, the model, or both where both vary."""
+    if not model:
+        return way
+    return f"{model}, {way}" if ways > 1 else model
 
 
 class Journal:

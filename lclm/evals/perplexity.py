@@ -20,7 +20,9 @@ from lclm.evals.base import (
     Panel,
     Record,
     Summary,
+    by_model,
     require,
+    row_name,
     show,
     show_bytes,
     silent,
@@ -193,17 +195,20 @@ class Perplexity:
         return [0, *(s for s in self.splits if s < length), length]
 
     def summary(self, records: Sequence[Record], *, trained: int) -> Summary:
-        """One row and one curve per reading, means over documents."""
+        """One row and one curve per model and reading, means over documents."""
         edges = [0, *self.splits, max(self.length, *self.splits, 0)]
         spans = [s for s in itertools.pairwise(edges) if s[0] < s[1]]
         rows, curves = [], {}
-        for reading in self.readings:
-            mine = [r for r in records if r["cache"] == reading.name]
+        models = by_model(records)
+        for (model, its), reading in itertools.product(models.items(), self.readings):
+            mine = [r for r in its if r["cache"] == reading.name]
             if mine:
-                rows.append(_row(reading.title, mine, spans))
-                curves[reading.title] = _mean_curve([r["curve"] for r in mine])
+                name = row_name(model, reading.title, len(self.readings))
+                rows.append(_row(name, mine, spans))
+                curves[name] = _mean_curve([r["curve"] for r in mine])
+        first = "cache" if set(models) <= {""} else "model"
         columns = (
-            "cache",
+            first,
             "tokens",
             *(f"ppl {_short(a)}-{_short(b)}" for a, b in spans),
             "bits/byte",
@@ -215,8 +220,8 @@ class Perplexity:
             "perplexity at those positions; tokens/s leaves out the first chunk, which "
             "compiles."
         )
-        panel = Panel("Perplexity by cache", columns, tuple(rows), note)
-        header = ("cache", "bucket_start", "bucket_end", "nll", "count", "low", "high")
+        panel = Panel(f"Perplexity by {first}", columns, tuple(rows), note)
+        header = (first, "bucket_start", "bucket_end", "nll", "count", "low", "high")
         lines = [(f'"{title}"', *point) for title, c in curves.items() for point in c]
         png = figures.loss_by_position(curves, trained=trained) if curves else None
         return Summary(

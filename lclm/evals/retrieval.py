@@ -1,5 +1,6 @@
 """The grid that passkey and needle share: lengths x depths x trials x caches."""
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,9 @@ from lclm.evals.base import (
     Panel,
     Record,
     Summary,
+    by_model,
     require,
+    row_name,
     show,
     to_csv,
 )
@@ -123,44 +126,45 @@ def grid_of(records: Sequence[Record], field: str = "score") -> tuple:
 def summarise(
     records: Sequence[Record], *, title: str, slug: str, caches: Sequence[str]
 ) -> Summary:
-    """A table of scores by length, a CSV of every cell, a heatmap per cache."""
+    """A table of scores by length, a CSV of every cell, heatmaps by model and cache."""
     lengths = sorted({r["length"] for r in records})
-    rows, images, lines = [], {}, []
-    for number, cache in enumerate(caches):
-        mine = [r for r in records if r["cache"] == cache]
+    models = by_model(records)
+    first = "cache" if set(models) <= {""} else "model"
+    rows, images, lines, answers = [], {}, [], []
+    ways = list(itertools.product(models.items(), caches))
+    for number, ((model, its), cache) in enumerate(ways):
+        mine = [r for r in its if r["cache"] == cache]
         if not mine:
             continue
-        rows.append((cache, *(_share(mine, n) for n in lengths), _share(mine, None)))
+        name = row_name(model, cache, len(caches))
+        rows.append((name, *(_share(mine, n) for n in lengths), _share(mine, None)))
         grid = grid_of(mine)
-        lines += [(f'"{cache}"', *cell) for cell in _cells(*grid)]
+        lines += [(f'"{name}"', *cell) for cell in _cells(*grid)]
+        answers += [_answer(name, r) for r in mine]
         if grid[2].size > 2:
-            suffix = f"_{number + 1}" if len(caches) > 1 else ""
+            suffix = f"_{number + 1}" if len(ways) > 1 else ""
             images[f"{slug}{suffix}.png"] = figures.heatmap(
-                grid[2], lengths=grid[0], depths=grid[1], title=f"{title} · {cache}"
+                grid[2], lengths=grid[0], depths=grid[1], title=f"{title} · {name}"
             )
-    columns = ("cache", *(f"{n:,} tokens" for n in lengths), "all")
-    header = ("cache", "length", "depth", "score", "n")
+    columns = (first, *(f"{n:,} tokens" for n in lengths), "all")
+    header = (first, "length", "depth", "score", "n")
     panels = [Panel(title, columns, tuple(rows))]
     if 0 < len(records) <= LISTED:
-        panels.append(_answers(records, title))
+        columns = (first, "prompt tokens", "depth", "wanted", "model said", "score")
+        panels.append(Panel(f"{title}: answers", columns, tuple(answers)))
     return Summary(tuple(panels), images, {f"{slug}.csv": to_csv(header, lines)})
 
 
-def _answers(records: Sequence[Record], title: str) -> Panel:
-    """Question by question, what was wanted and what the model said."""
-    rows = tuple(
-        (
-            r["cache"],
-            f"{r['prompt_tokens']:,}",
-            f"{r['actual_depth']:.0%}",
-            ", ".join(r["answers"]),
-            " ".join(r["prediction"].split()),
-            show(r["score"], ".3g"),
-        )
-        for r in records
+def _answer(name: str, record: Record) -> tuple[str, ...]:
+    """One question: what was wanted and what the model said."""
+    return (
+        name,
+        f"{record['prompt_tokens']:,}",
+        f"{record['actual_depth']:.0%}",
+        ", ".join(record["answers"]),
+        " ".join(record["prediction"].split()),
+        show(record["score"], ".3g"),
     )
-    columns = ("cache", "prompt tokens", "depth", "wanted", "model said", "score")
-    return Panel(f"{title}: answers", columns, rows)
 
 
 def _share(records: Sequence[Record], length: int | None) -> str:

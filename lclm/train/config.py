@@ -8,6 +8,7 @@ from typing import Any
 from lclm.config import from_dict, to_dict
 from lclm.data.pipeline import DataSpec
 from lclm.errors import LclmError, unknown
+from lclm.models.extend import Rope
 from lclm.models.lora import LoraSpec
 from lclm.models.remat import RematSpec
 from lclm.specs import LAID
@@ -20,22 +21,6 @@ SCHEDULES = ("constant", "cosine", "linear", "trapezoid")
 def _require(ok: bool, text: str) -> None:
     if not ok:
         raise LclmError(text)
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Changes to the rotary embedding of every attention layer; None leaves a field.
-
-    kind: "linear" (PI), "ntk", "yarn", ...; `factor` and `original` follow from the
-    model's trained length and the new `context` where they are not given.
-    """
-
-    kind: str | None = None
-    theta: float | None = None
-    factor: float | None = None
-    context: int | None = None
-    original: int | None = None
-    attention_factor: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,19 @@
 """The model a run trains, from the one it starts from: rope, sparse layers, sinks."""
 
 import dataclasses
-import math
-from collections.abc import Callable
 
 import jax.numpy as jnp
 
 from lclm.attention import for_length
 from lclm.blocks.attention import layer_mask
-from lclm.config import AttentionSpec, LayerSpec, ModelConfig, RopeSpec, Run
+from lclm.config import AttentionSpec, LayerSpec, ModelConfig, Run
 from lclm.errors import LclmError
 from lclm.models.convert import convert
+from lclm.models.extend import map_attention, with_rope
 from lclm.models.hybrid_presets import infini_params
-from lclm.ops.rope import frequencies
 from lclm.specs import InfiniSpec
-from lclm.train.config import ModelSpec, Rope
+from lclm.train.config import ModelSpec
 from lclm.typing import Params
-
-Change = Callable[[AttentionSpec], AttentionSpec]
 
 
 def reshaped(config: ModelConfig, spec: ModelSpec) -> ModelConfig:
@@ -28,7 +24,7 @@ def reshaped(config: ModelConfig, spec: ModelSpec) -> ModelConfig:
     if spec.hybrid is not None:
         config = convert(config, spec.hybrid)
     if spec.rope is not None:
-        config = _with_rope(config, spec.rope)
+        config = with_rope(config, spec.rope)
     if spec.sink is not None:
         changed = map_attention(config, _sink)
         if changed == config and not any(_has_sink(s) for s in config.layers):
@@ -70,56 +66,6 @@ def fitted(config: ModelConfig, params: Params) -> Params:
     if not config.tied and "head" not in out:
         out["head"] = {"weight": out["embed"]["table"]}
     return out
-
-
-def map_attention(config: ModelConfig, change: Change) -> ModelConfig:
-    """The model with every attention spec changed, Infini-attention's included."""
-
-    def layer(spec: LayerSpec) -> LayerSpec:
-        mixer = spec.mixer
-        if isinstance(mixer, AttentionSpec):
-            return dataclasses.replace(spec, mixer=change(mixer))
-        if isinstance(mixer, InfiniSpec):
-            inner = dataclasses.replace(mixer, attention=change(mixer.attention))
-            return dataclasses.replace(spec, mixer=inner)
-        return spec
-
-    stack = tuple(
-        Run(tuple(layer(s) for s in run.group), run.repeats) for run in config.stack
-    )
-    return dataclasses.replace(config, stack=stack)
-
-
-def _with_rope(config: ModelConfig, rope: Rope) -> ModelConfig:
-    """The run's rotary embedding in every layer that has one."""
-
-    def change(mixer: AttentionSpec) -> AttentionSpec:
-        if mixer.rope is None:
-            return mixer
-        new = _rope(mixer.rope, rope)
-        frequencies(new, mixer.head_dim)
-        return dataclasses.replace(mixer, rope=new)
-
-    context = config.context if rope.context is None else rope.context
-    return dataclasses.replace(map_attention(config, change), context=context)
-
-
-def _rope(old: RopeSpec, change: Rope) -> RopeSpec:
-    """One rotary embedding changed; lengths and factor follow where not given.
-
-    The original length is that of the model before the run. The factor of "linear"
-    and "ntk" is the least whole one that reaches the new context (arXiv 2309.12307,
-    section 3.3), YaRN's and others' the quotient.
-    """
-    told = {k: v for k, v in dataclasses.asdict(change).items() if v is not None}
-    trained = old.context if old.original is None else old.original
-    kind = told.get("kind", old.kind)
-    if kind != "default":
-        told.setdefault("original", trained)
-    if "kind" in told and kind != "default" and "factor" not in told:
-        ratio = told.get("context", old.context) / told["original"]
-        told["factor"] = float(math.ceil(ratio)) if kind in ("linear", "ntk") else ratio
-    return dataclasses.replace(old, **told)
 
 
 def _with_pattern(config: ModelConfig, pattern: str, length: int) -> ModelConfig:

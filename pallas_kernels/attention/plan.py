@@ -27,7 +27,8 @@ _STEP, _PAIR, _MASK, _ROW, _PACK, _ADD = 60.0, 1.1e-3, 0.2e-3, 2e-2, 180, 80
 class Plan:
     """Tiles of every block of queries; starts are keys, ranges are [low, high).
 
-    `ranged` says that the mask alone does not keep narrow tiles to their ranges.
+    `ranged` says that the mask alone does not keep narrow tiles to their ranges. Every
+    start and size is a multiple of `cell`.
     """
 
     block_q: int
@@ -37,6 +38,7 @@ class Plan:
     batch: int
     keys: int
     ranged: bool
+    cell: int
     wide_counts: np.ndarray
     wide_starts: np.ndarray
     narrow_counts: np.ndarray
@@ -185,5 +187,5 @@ def build(base, seen, full, S, factor, sub, wide, narrow, batch) -> Plan:
     ranged = _ranged(cells, pieces, narrow, S // base)
     return Plan(
         factor * base, sub * base, wide * base, narrow * base, batch, keys * base,
-        ranged, wide_counts, starts, narrow_counts, *tables,
+        ranged, base, wide_counts, starts, narrow_counts, *tables,
     )  # fmt: skip

@@ -105,7 +105,7 @@ def _backward_class(spec, q, k, v, segments, d_out, lse, delta):
             return acc, d_k, d_v
 
         acc = jnp.zeros((*rows.shape[:2], k.shape[3]), wide_dtype(q))
-        ids = None if segments is None else (segments[0][b], segments[1][b])
+        ids = None if segments is None else segments.of(b)
         acc, d_k, d_v = tiling.loop(r, ids, step, (acc, d_k, d_v))
         return tiling.put_rows(d_q, acc * spec.scale, b, g, r), d_k, d_v
 

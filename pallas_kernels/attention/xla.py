@@ -8,6 +8,7 @@ are rows of one matrix product; keys and values are never repeated.
 import dataclasses
 import functools
 import pathlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,29 +159,33 @@ class Tiling:
         x = x.reshape(1, n, block)
         return lax.dynamic_update_slice(out, x, corner(b, g * n, r * block))
 
-    def loop(self, r, segments, step, carry):
+    def loop(self, r, ids, step, carry):
         """Fold `step(carry, view, start, width, seen)` over the tiles of block `r`.
 
         `view` takes and puts the rows of the tile; `seen` is bool [rows, width], or
-        None where every pair is visible.
+        None where every pair is visible. With `ids` (of one row of the batch) tiles
+        whose documents are others' are passed over.
         """
         p = self.plan
-        same = _same_segment(segments)
         if p.wide_counts.any():
-            starts = jnp.asarray(p.wide_starts)
+            starts, counts = jnp.asarray(p.wide_starts), jnp.asarray(p.wide_counts)
             view = Rows(self.group, p.block_q, p.block_q, 0)
             at = view.positions(r)
 
             def whole(n, carry):
+                n = n if ids is None else ids.wide[r, n]
                 start = starts[r, n]
-                return step(carry, view, start, p.wide, same(at, start, p.wide))
+                seen = None if ids is None else ids.same(at, start, p.wide)
+                return step(carry, view, start, p.wide, seen)
 
-            carry = lax.fori_loop(0, jnp.asarray(p.wide_counts)[r], whole, carry)
+            count = counts[r] if ids is None else ids.wide_counts[r]
+            carry = lax.fori_loop(0, count, whole, carry)
         if p.narrow_counts.any():
             tables = (p.narrow_rows, p.narrow_starts, p.narrow_low, p.narrow_high)
-            spans = jnp.asarray(tables)
+            spans, counts = jnp.asarray(tables), jnp.asarray(p.narrow_counts)
 
             def masked(n, carry):
+                n = n if ids is None else ids.narrow[r, n]
                 first, start, low, high = spans[:, r, n]
                 view = Rows(self.group, p.block_q, p.sub, first)
                 at = view.positions(r)
@@ -188,11 +193,12 @@ class Tiling:
                 seen = self.spec.mask.visible(self.spec.offset + at, j)
                 if p.ranged:
                     seen = seen & (j >= low) & (j < high)
-                also = same(at, start, p.narrow)
-                seen = seen if also is None else seen & also
+                if ids is not None:
+                    seen = seen & ids.same(at, start, p.narrow)
                 return step(carry, view, start, p.narrow, seen)
 
-            carry = lax.fori_loop(0, jnp.asarray(p.narrow_counts)[r], masked, carry)
+            count = counts[r] if ids is None else ids.narrow_counts[r]
+            carry = lax.fori_loop(0, count, masked, carry)
         return carry
 
     def scores(self, q, k, seen):
@@ -250,24 +256,74 @@ def _pad(x, axis: int, size: int, value):
     return jnp.pad(x, widths, constant_values=value)
 
 
-def _same_segment(segments):
-    """A function of (positions, start, width): equal segment ids, or None."""
-    if segments is None:
-        return lambda at, start, width: None
-    own, other = segments
-    return lambda at, start, width: (
-        own[at] == lax.dynamic_slice(other, (start,), (width,))[None, :]
-    )
+class Ids(NamedTuple):
+    """Segment ids, padded to whole tiles, and the tiles in which two of them may meet.
+
+    own [B, T], other [B, S]; wide, narrow [B, rows, tiles]: the plan's tiles of each
+    block of queries, those to visit first; wide_counts, narrow_counts [B, rows].
+    """
+
+    own: jax.Array
+    other: jax.Array
+    wide: jax.Array
+    wide_counts: jax.Array
+    narrow: jax.Array
+    narrow_counts: jax.Array
+
+    def of(self, b) -> "Ids":
+        """Those of one row of the batch."""
+        return Ids(*(x[b] for x in self))
+
+    def same(self, at, start, width):
+        """Pairs of one segment: bool [rows, width]."""
+        other = lax.dynamic_slice(self.other, (start,), (width,))
+        return self.own[at] == other[None, :]
 
 
-def pad_segments(tiling: Tiling, q_segment_ids, kv_segment_ids):
-    """Segment ids with both axes padded to whole tiles, or None."""
+def pad_segments(tiling: Tiling, q_segment_ids, kv_segment_ids) -> Ids | None:
+    """The ids of a call bound to its plan, or None."""
     if q_segment_ids is None:
         return None
-    return (
-        tiling.pad_rows(q_segment_ids),
-        _pad(kv_segment_ids, 1, tiling.plan.keys, 0),
+    p = tiling.plan
+    own = tiling.pad_rows(q_segment_ids)
+    other = _pad(kv_segment_ids, 1, p.keys, 0)
+    block = p.block_q * np.arange(p.rows)[:, None]
+    zeros = np.zeros_like(p.wide_starts)
+    wide = _meeting(p.cell, own, block + zeros, p.block_q, other, p.wide_starts, p.wide)
+    narrow = _meeting(
+        p.cell, own, block + p.narrow_rows, p.sub, other, p.narrow_starts, p.narrow
     )
+    return Ids(
+        own, other, *_first(wide, p.wide_counts), *_first(narrow, p.narrow_counts)
+    )
+
+
+def _meeting(cell, own, row, rows, other, start, width):
+    """Whether ids of each tile's queries and keys can be equal: bool [B, rows, tiles].
+
+    Their ranges overlap wherever two of them are equal; the range of a tile is that of
+    its cells.
+    """
+    if not width:
+        return jnp.zeros((len(own), *start.shape), bool)
+
+    def span(ids, first, size):
+        cells = ids.reshape(len(ids), -1, cell)
+        at = (first[..., None] + np.arange(0, size, cell)) // cell
+        low, high = cells.min(-1)[:, at], cells.max(-1)[:, at]
+        return low.min(-1), high.max(-1)
+
+    low, high = span(own, row, rows)
+    other_low, other_high = span(other, start, width)
+    return (low <= other_high) & (other_low <= high)
+
+
+def _first(meeting, counts):
+    """Tiles in an order that has those to visit first, and how many they are."""
+    known = np.arange(meeting.shape[-1]) < counts[:, None]
+    visit = meeting & known
+    order = jnp.argsort(~visit, axis=-1, stable=True)
+    return order.astype(jnp.int32), visit.sum(-1, dtype=jnp.int32)
 
 
 def _forward_class(spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
@@ -281,7 +337,7 @@ def _forward_class(spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
     def block(r, carry, b, g, k_heads, v_heads, longest):
         out, lse = carry
         q_rows = wide(tiling.rows(q, b, g, r)) * spec.scale
-        ids = None if segments is None else (segments[0][b], segments[1][b])
+        ids = None if segments is None else segments.of(b)
         fold = functools.partial(
             _fold, tiling, r, ids, q_rows.astype(compute), k_heads, v_heads
         )

@@ -80,7 +80,7 @@ def test_a_second_run_measures_nothing_and_gives_the_same_tables(config, tmp_pat
     _, second = go(config, tmp_path, second_lm)
     assert second_lm.calls == []
     rows = [
-        [line for line in screen.splitlines() if "│" in line]
+        [line for line in screen.splitlines() if re.match(r"│ \w", line)]
         for screen in (first, second)
     ]
     assert rows[0] == rows[1] and len(rows[0]) == 2 + 1 + 2
@@ -112,10 +112,48 @@ def test_an_interrupt_keeps_records_and_says_how_to_go_on(config, tmp_path, lm):
     assert "Perplexity" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_models_side_by_side_share_tables_and_keep_their_own_records(
+    config, tmp_path, lm
+):
+    both = tmp_path / "both.py"
+    both.write_text(
+        config.read_text().replace(
+            "c.stages = [",
+            "c.models = [dict(name='plain'), dict(name='PI', rope='linear:factor=4')]"
+            "\n    c.stages = [",
+        )
+    )
+    asked = []
+
+    def load(source, **held):
+        asked.append((source, held))
+        return Scripted(lm.tokenizer)
+
+    for _ in range(2):
+        screen = Console(file=io.StringIO(), width=140)
+        report = run(
+            str(both), workdir=tmp_path / "run", load=load, console=screen
+        ).read_text()
+    pi = {"rope": "linear:factor=4"}
+    assert asked[:3] == [("scripted", {}), ("scripted", pi), ("scripted", {})]
+    rows = re.findall(r"^│ (\w.*?) +│", screen.file.getvalue(), re.M)
+    assert rows[:4] == [
+        "plain, full",
+        "plain, window:window=8",
+        "PI, full",
+        "PI, window:window=8",
+    ]
+    assert rows[4:6] == ["plain", "PI"]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * 4
+    assert len({json.loads(line)["scope"] for line in lines}) == 2 * 2
+    assert "linear:factor=4" in report
+
+
 def test_the_command_runs_a_job_and_a_mistake_exits_with_two(
     config, tmp_path, lm, monkeypatch, capsys
 ):
-    monkeypatch.setattr("lclm.cli.run._load", lambda *a, **k: lm)
+    monkeypatch.setattr("lclm.cli.options.load_model", lambda *a, **k: lm)
     folder = tmp_path / "chosen"
     assert main(["run", f"--config={config}", f"--workdir={folder}"]) == 0
     assert (folder / "report.html").is_file()
@@ -135,6 +173,14 @@ def base(**more):
         (base(name=".."), "cannot name a folder"),
         (base(name=3), "'name' is 3; expected a string"),
         (base(stages=[]), "'stages' is missing or empty"),
+        (base(model=""), "'model' is missing or empty"),
+        (base(models={"a": {}}), "'models' is .*; expected a list"),
+        (base(models=["a"]), r"models\[0\] is 'a'; expected a table with a 'name'"),
+        (base(models=[{"name": "a", "roep": "x"}]), "did you mean 'rope'"),
+        (base(models=[{"name": "a", "rope": "yran:factor=4"}]), "mean 'yarn'"),
+        (base(models=[{"name": "a"}] * 2), "two of 'models' have the name 'a'"),
+        (base(rope="yarn:factor=x"), "factor='x' is not a number"),
+        (base(adapter="nowhere"), "adapter 'nowhere': no adapter_model.safetensors"),
         (base(stages="passkey"), "expected a list"),
         (base(stages=[{"lengths": [5]}]), r"stages\[0\].*'eval', one of perplexity"),
         (base(stages=[{"eval": "passky"}]), "did you mean 'passkey'"),
