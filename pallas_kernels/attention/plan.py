@@ -16,6 +16,7 @@ from pallas_kernels.mask import EMPTY, FULL, Mask
 
 _CELLS = 1 << 24  # largest base map
 _BASE = 64  # queries and keys of a cell of the base map
+_PACKED = 4  # cells along a tile's queries in packed rows, where rows are short
 _TILE = 3 << 19  # most pairs in a tile, all its heads counted
 # Microseconds, measured on two CPU cores: a tile of any size, a pair, what masking adds
 # to it, and loading and storing one row of queries. Packing keys for a product costs as
@@ -60,20 +61,33 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=256)
-def plan(mask: Mask, T: int, S: int, offset: int, group: int, kv_heads: int) -> Plan:
+def plan(
+    mask: Mask,
+    T: int,
+    S: int,
+    offset: int,
+    group: int,
+    kv_heads: int,
+    packed: bool = False,
+) -> Plan:
     """The cheapest plan for a head-independent mask.
 
-    `group` query heads share each of `kv_heads` key/value heads.
+    `group` query heads share each of `kv_heads` key/value heads. `packed`: segment ids
+    will hide more; tiles are small enough that many of them can be passed over.
     """
     base, seen, full = _base_map(mask, T, S, offset)
     best, sizes = np.inf, None
     factors = [f for f in (1, 2, 4, 8, 16) if f == 1 or f * base < 2 * T]
+    most = seen.shape[1]
+    if packed:
+        side = max(_PACKED, T // 8 // base)
+        factors, most = [f for f in factors if f <= side], max(1, side // 2)
     widths = [w for w in (0, 4, 8, 16) if w <= seen.shape[1]]
     for factor, wide in itertools.product(factors, widths):
         starts, rest = _split(seen, full, factor, wide)
         for sub in (f for f in factors if factor % f == 0):
             runs = _runs(_coarse(rest, sub, np.any, False))[:, 2]
-            longest = int(runs.max(initial=1))
+            longest = min(most, int(runs.max(initial=1)))
             for narrow in sorted({n for n in (1, 2, 4, 8, longest) if n <= longest}):
                 tiles = int((-(-runs // narrow)).sum())
                 pairs = base * base * max(sub * narrow, factor * wide)

@@ -66,7 +66,7 @@ def backward(spec: Spec, saved, cotangents):
 
 
 def _backward_class(spec, q, k, v, segments, d_out, lse, delta):
-    tiling = xla.Tiling.of(spec, q, k)
+    tiling = xla.Tiling.of(spec, q, k, segments[0] is not None)
     p, T, K = tiling.plan, q.shape[1], k.shape[2]
     compute = xla.compute_dtype(q.dtype)
     product = functools.partial(jnp.einsum, preferred_element_type=wide_dtype(q))

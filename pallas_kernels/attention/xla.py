@@ -113,11 +113,11 @@ class Tiling:
     keys: int
 
     @classmethod
-    def of(cls, spec: Spec, q, k) -> "Tiling":
-        """The tiling of a call whose heads all use `spec.mask`."""
+    def of(cls, spec: Spec, q, k, packed: bool) -> "Tiling":
+        """The tiling of a call whose heads share one mask; `packed`: it has ids."""
         T, S, K = q.shape[1], k.shape[1], k.shape[2]
         group = q.shape[2] // K
-        return cls(spec, plan(spec.mask, T, S, spec.offset, group, K), group, S)
+        return cls(spec, plan(spec.mask, T, S, spec.offset, group, K, packed), group, S)
 
     def pad_rows(self, x, axis: int = 1, value=0):
         """Extend the query axis to whole blocks."""
@@ -327,7 +327,7 @@ def _first(meeting, counts):
 
 
 def _forward_class(spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
-    tiling = Tiling.of(spec, q, k)
+    tiling = Tiling.of(spec, q, k, q_segment_ids is not None)
     B, T, N, _ = q.shape
     p, width = tiling.plan, v.shape[3]
     compute = compute_dtype(q.dtype)
