@@ -1,6 +1,7 @@
 """`lclm train --config=FILE`: one run, from a config to a trained model."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import shutil
@@ -47,8 +48,10 @@ def main(argv: Sequence[str]) -> int:
         "--until", type=options.positive, metavar="STEP", help="stop after this step"
     )
     args = parser.parse_args(argv)
+    from lclm import processes
     from lclm.train.stop import Stopped
 
+    processes.join()
     try:
         run(args.config, workdir=args.workdir, restart=args.restart, until=args.until)
     except Stopped as stop:
@@ -78,9 +81,10 @@ def run(
         written then.
       Stopped: SIGTERM, Ctrl-C or `until`; a checkpoint is written.
     """
+    from lclm import processes
     from lclm.train.config import train_config
 
-    console = console or Console()
+    console = console or Console(quiet=not processes.first())
     run = train_config(read_config(config))
     folder = check_folder(Path(workdir) if workdir else Path("runs") / run.name)
     if not restart:
@@ -109,12 +113,16 @@ def _train(
     restart: bool,
     until: int | None,
 ) -> Path:
+    from lclm import processes
     from lclm.train.checkpoint import Store, check_disk
+    from lclm.train.layout import make_layout
     from lclm.train.loop import Trainer
     from lclm.train.records import loss_curve
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # failures are told once
-    batches, holdout = _open(run, bundle)
+    layout = make_layout(run, bundle.config)
+    process = (0, 1) if layout is None else layout.share(run.batch, run.length)
+    batches, holdout = _open(run, bundle, process)
     trainer = Trainer(run, bundle.config, bundle.params)
 
     def warn(text: str) -> None:
@@ -123,8 +131,10 @@ def _train(
     place = folder / "checkpoints"
     store = Store(place, run.checkpoints, about=trainer.about(), warn=warn)
     check_disk(folder, need=trainer.disk(store))
-    if restart:
+    processes.meet("the folder is looked at")
+    if restart and processes.first():
         set_aside(folder, console)
+    processes.meet("the folder is free")
     done = trainer.resume(store, batches)
     if run.start_from and not done:
         trainer.begin_from(Path(run.start_from), optimizer=run.carry_optimizer)
@@ -132,13 +142,18 @@ def _train(
         f"[bold]{run.title or run.name}[/bold]  [dim]{run.model.source}[/dim]"
         + (f"  resumed at step {done}" if done else "")
     )
-    write_atomic(folder / "train.json", json.dumps(run.to_json(), indent=2) + "\n")
+    if processes.first():
+        told = json.dumps(run.to_json(), indent=2) + "\n"
+        write_atomic(folder / "train.json", told)
     with _bars(console, run.steps, done) as observe:
         trained = trainer.fit(
             batches, folder, observe, store=store, holdout=holdout, until=until
         )
-    loss_curve(folder, title=run.title or run.name)
-    target = _export(run, trainer, trained, bundle, folder)
+    trained = dataclasses.replace(trained, params=processes.on_host(trained.params))
+    if processes.first():
+        loss_curve(folder, title=run.title or run.name)
+    _export(run, trainer, trained, bundle, folder)
+    target = folder / "model"
     console.print(f"trained in {trained.seconds:.0f} s: [bold]{target}[/bold]")
     if run.sample is not None:
         text = write_sample(run.sample, target, folder / "sample.txt")
@@ -149,50 +164,59 @@ def _train(
 def write_sample(sample: Any, model: Path, path: Path) -> str:
     """What the trained model makes of a prompt, as stored: loaded, asked, written."""
     import lclm
+    from lclm import processes
 
     lm = lclm.load(model)
     found = lm.generate(
         sample.prompt, sample.tokens, temperature=sample.temperature, seed=0
     )
     text = sample.prompt + found.text
-    write_atomic(path, text + "\n")
+    if processes.first():
+        write_atomic(path, text + "\n")
     return text
 
 
-def _open(run: Any, bundle: Any) -> tuple[Any, Any]:
-    """Batches to train on, and those to look at (None without `holdout`)."""
+def _open(run: Any, bundle: Any, process: tuple[int, int]) -> tuple[Any, Any]:
+    """Batches to train on, and those to look at (None without `holdout`).
+
+    process: which part of each batch's rows to read, of how many.
+    """
     from lclm.data.pipeline import open_batches
 
-    shape = dict(batch=run.batch, length=run.length, seed=run.seed)
+    shape = dict(batch=run.batch, length=run.length, seed=run.seed, process=process)
     tokenizer = bundle.tokenizer
     batches = open_batches(run.data, tokenizer, **shape)
     looks = run.holdout is not None and run.eval_every
     return batches, open_batches(run.holdout, tokenizer, **shape) if looks else None
 
 
-def _export(run: Any, trainer: Any, trained: Any, bundle: Any, folder: Path) -> Path:
+def _export(run: Any, trainer: Any, trained: Any, bundle: Any, folder: Path) -> None:
     """Write model/ last: where it is, the run is finished."""
-    from lclm import hub
+    from lclm import hub, processes
     from lclm.hub.adapter import save_adapter
     from lclm.hub.bundle import Bundle
     from lclm.train.state import final_params, reshaped, trained_params
 
     config = reshaped(bundle.config, run.model)
     params = final_params(run, trainer.config, trained.params)
-    _keep_extra(run, trainer, trained, folder)
     half, target = folder / "model.part", folder / "model"
-    shutil.rmtree(half, ignore_errors=True)
+    if processes.first():
+        _keep_extra(run, trainer, trained, folder)
+        for old in (half, folder / "hf") if run.hugging_face else (half,):
+            shutil.rmtree(old, ignore_errors=True)
     try:
         if run.model.lora is not None:
-            own = trained_params(run, trainer.config, trained.state.params)
+            own = {n: trained.params[n] for n in trained.state.params}
+            own = trained_params(run, trainer.config, own)
             told = dict(config=config, spec=run.model.lora, base=run.model.source)
             save_adapter(folder / "adapter", own, **told)
         made = Bundle(config, params, bundle.tokenizer, run.name)
         if run.hugging_face:
-            shutil.rmtree(folder / "hf", ignore_errors=True)
             hub.save_hf(folder / "hf", made)
         hub.save_orbax(half, made)
-        half.rename(target)
+        if processes.first():
+            half.rename(target)
+        processes.meet("the model is written")
     except Exception as error:
         shutil.rmtree(half, ignore_errors=True)
         if isinstance(error, LclmError):
@@ -201,13 +225,10 @@ def _export(run: Any, trainer: Any, trained: Any, bundle: Any, folder: Path) -> 
             f"{target} could not be written ({error}); the run is done and in its "
             "checkpoint: free some space and give the same command again"
         ) from error
-    return target
 
 
 def _keep_extra(run: Any, trainer: Any, trained: Any, folder: Path) -> None:
     """Write what the objective trained for itself, if anything."""
-    import dataclasses
-
     from lclm.hub.extras import Extra, save_extra
     from lclm.train.state import own_params
 

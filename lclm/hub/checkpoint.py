@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from lclm import processes
 from lclm.config import ModelConfig, from_dict, to_dict
 from lclm.errors import LclmError
 from lclm.hub.bundle import Bundle, check_shapes
@@ -22,20 +23,26 @@ FORMAT = 1
 
 
 def save_orbax(folder: str | Path, bundle: Bundle) -> None:
-    """Write an lclm checkpoint folder; an existing checkpoint in it is an error."""
+    """Write an lclm checkpoint folder; an existing checkpoint in it is an error.
+
+    Of several processes every one must call it, and finds what the first one wrote.
+    """
     folder = Path(folder)
     tree = nest(dense(bundle))
     if (folder / PARAMS).exists():
         raise LclmError(f"{folder} already holds a checkpoint; give another folder")
+    processes.meet(f"{folder} is free")
     head = {"format": FORMAT, "config": to_dict(bundle.config)}
 
     def write(work: Path) -> None:
         ocp.save((work / PARAMS).absolute(), tree)
+        if not processes.first():
+            return
         (work / CONFIG).write_text(json.dumps(head, indent=2) + "\n")
         if bundle.tokenizer is not None:
             write_tokenizer(work, bundle.tokenizer)
 
-    fill(folder, write)
+    fill(folder, write, together=True)
 
 
 def orbax_config(folder: Path) -> ModelConfig:
@@ -59,7 +66,7 @@ def load_orbax(folder: Path, *, dtype: Any = None) -> Bundle:
     check_shapes(
         {p: tuple(m.shape) for p, m in found.items()}, param_shapes(config), str(folder)
     )
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {
         p: jax.ShapeDtypeStruct(
             tuple(m.shape), jnp.dtype(dtype or m.dtype), sharding=device

@@ -2,7 +2,8 @@
 
 import json
 import os
-import tempfile
+import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from lclm import processes
 from lclm.errors import LclmError
 from lclm.hub.bundle import Bundle, check_shapes
 from lclm.hub.families import HF, Names
@@ -121,22 +123,39 @@ def dense(bundle: Bundle) -> dict[str, Any]:
 
 
 def fill(
-    folder: Path, write: Callable[[Path], None], *, stale: tuple[str, ...] = ()
+    folder: Path,
+    write: Callable[[Path], None],
+    *,
+    stale: tuple[str, ...] = (),
+    together: bool = False,
 ) -> None:
     """Run `write` on a folder beside, then move its files in: whole or not at all.
 
-    Files of an earlier save that match `stale` and were not written again go.
+    Files of an earlier save that match `stale` and were not written again go. Of
+    several processes each one must call this; the first alone writes, or all of them
+    `together`, in one folder.
     """
     if folder.exists() and not folder.is_dir():
         raise LclmError(f"{folder} is a file; give the name of a folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as work:
-        write(Path(work))
-        folder.mkdir(exist_ok=True)
-        written = sorted(Path(work).iterdir())
-        for pattern in stale:
-            for old in folder.glob(pattern):
-                if old.name not in {w.name for w in written}:
-                    old.unlink()
-        for path in written:
-            os.replace(path, folder / path.name)
+    number = processes.told(random.SystemRandom().getrandbits(31))
+    work = folder.parent / f".saving-{number:08x}"
+    try:
+        work.mkdir(parents=True, exist_ok=processes.count() > 1)
+        if together or processes.first():
+            write(work)
+        if processes.first():
+            _move(work, folder, stale)
+    finally:
+        processes.meet(f"{folder} is written")
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _move(work: Path, folder: Path, stale: tuple[str, ...]) -> None:
+    folder.mkdir(exist_ok=True)
+    written = sorted(work.iterdir())
+    for pattern in stale:
+        for old in folder.glob(pattern):
+            if old.name not in {w.name for w in written}:
+                old.unlink()
+    for path in written:
+        os.replace(path, folder / path.name)

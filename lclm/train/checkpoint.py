@@ -15,6 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from lclm.data.fetch import write_atomic
 from lclm.errors import LclmError
+from lclm.processes import first, told
 from lclm.train.config import Checkpoints
 from lclm.train.state import TrainState
 from lclm.tree import flatten
@@ -92,21 +93,30 @@ class Store:
           LclmError: the checkpoint is of another shape, or stands on another base.
         """
         self._sweep()
+        step = told(self._newest() if first() else 0)
+        if step < 0:
+            return None
+        place = self.folder / str(step)
+        about = read_about(place)
+        check_base(place, about, self._about)
+        return read_state(place, like), about
+
+    def _newest(self) -> int:
+        """The step of the newest checkpoint that is whole, -1 for none."""
         for step in reversed(self.steps()):
             place = self.folder / str(step)
             try:
                 verify(place)
-                about = read_about(place)
+                read_about(place)
             except Damaged as error:
                 self._set_aside(place, str(error))
                 continue
-            check_base(place, about, self._about)
-            return read_state(place, like), about
-        return None
+            return step
+        return -1
 
     def _complete(self, place: Path, answer: Any) -> None:
         answer.result()
-        if jax.process_index() == 0:
+        if first():
             write_atomic(place / FILES, json.dumps(checksums(place)) + "\n")
             self._prune()
 
@@ -120,7 +130,7 @@ class Store:
 
     def _sweep(self) -> None:
         """Remove what a killed process left half written or half removed."""
-        if jax.process_index() == 0 and self.folder.is_dir():
+        if first() and self.folder.is_dir():
             for path in self.folder.iterdir():
                 if UNFINISHED.search(path.name):
                     shutil.rmtree(path, ignore_errors=True)
@@ -138,10 +148,9 @@ class Store:
 
     def _set_aside(self, place: Path, why: str) -> None:
         aside = place.with_name(f"damaged-{place.name}")
-        if jax.process_index() == 0:
-            if aside.exists():
-                shutil.rmtree(aside)
-            place.rename(aside)
+        if aside.exists():
+            shutil.rmtree(aside)
+        place.rename(aside)
         self._warn(f"{place} is damaged ({why}): kept as {aside.name}, not used")
 
 

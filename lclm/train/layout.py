@@ -78,6 +78,22 @@ class Layout:
 
         return {name: put(np.asarray(array)) for name, array in batch.items()}
 
+    def share(self, rows: int, length: int) -> tuple[int, int]:
+        """Which part of a batch's rows this process must bring, of how many.
+
+        (0, 1), all of them, where its devices do not hold one equal part alone.
+        """
+        where = NamedSharding(self.mesh, sharding.BATCH)
+        held = where.addressable_devices_indices_map((rows, length)).values()
+        spans = [index[0].indices(rows)[:2] for index in held]
+        low, high = min(a for a, _ in spans), max(b for _, b in spans)
+        columns = {index[1].indices(length)[:2] for index in held}
+        count = jax.process_count()
+        whole = sum(b - a for a, b in columns) == length
+        if not whole or (high - low) * count != rows or low % (high - low):
+            return 0, 1
+        return low // (high - low), count
+
     def batch_shapes(self, rows: int, length: int) -> Batch:
         """Shapes of a batch where `place_batch` would put it."""
         where = NamedSharding(self.mesh, sharding.BATCH)
@@ -115,6 +131,11 @@ def make_layout(
     experts do not divide, or a layer cannot be spread as asked.
     """
     if run.mesh is None:
+        if jax.process_count() > 1:
+            raise LclmError(
+                f"{jax.process_count()} processes and no mesh: say how the "
+                f"{jax.device_count()} devices share the run, mesh=dict(fsdp=-1)"
+            )
         return None
     sizes = dataclasses.asdict(run.mesh)
     strategy = sizes.pop("context")

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from lclm import processes
 from lclm.config import ModelConfig
 from lclm.data.pipeline import Batches
 from lclm.errors import LclmError
@@ -17,7 +18,7 @@ from lclm.train.holdout import Holdout
 from lclm.train.metrics import CONVENTION, peak_flops, step_flops
 from lclm.train.optim import make_schedule
 from lclm.train.profile import Profile
-from lclm.train.records import Records
+from lclm.train.records import Records, Unrecorded
 from lclm.train.stages import begin_from
 from lclm.train.state import TrainState, count, start
 from lclm.train.step import Metrics, make_step
@@ -115,10 +116,11 @@ class Trainer:
           LclmError: no step had a finite loss.
         """
         began = time.perf_counter()
+        start, writes = int(self.state.step), processes.first()
         with (
             Stop() as stop,
-            Records(folder, start=int(self.state.step)) as records,
-            Profile(self.run.profile, folder / "profile") as profile,
+            Records(folder, start=start) if writes else Unrecorded() as records,
+            Profile(self.run.profile if writes else (), folder / "profile") as profile,
         ):
             sitting = _Sitting(self, records, observe, store, holdout)
             sitting.run(batches, profile, stop, until or self.run.steps)
@@ -179,7 +181,7 @@ class _Sitting:
     def __init__(
         self,
         trainer: Trainer,
-        records: Records,
+        records: Records | Unrecorded,
         observe: Observe,
         store: Store | None,
         holdout: Batches | None,
@@ -197,7 +199,7 @@ class _Sitting:
         """Step until the end, `until` or a signal; the last state is saved."""
         made, run = self.trainer, self.trainer.run
         self.records.write(made.head(self.done))
-        while self.done < min(run.steps, until) and stop.asked is None:
+        while self.done < min(run.steps, until) and not self._ends(stop):
             batch = made.place(next(batches))
             profile.before(self.done + 1)
             with jax.transfer_guard("disallow"):
@@ -212,6 +214,13 @@ class _Sitting:
         if self.store is not None:
             self.store.save(made.state, batches.get_state())
             self.store.wait()
+
+    def _ends(self, stop: Stop) -> bool:
+        """Whether a signal came; several processes ask each other at logged steps."""
+        if jax.process_count() > 1 and self.done % self.trainer.run.log_every == 0:
+            stop.asked = processes.largest(stop.asked or 0) or None
+            return stop.asked is not None
+        return jax.process_count() == 1 and stop.asked is not None
 
     def _between(self, batches: Batches) -> None:
         """Evaluation and checkpoints that are due, their time taken out."""

@@ -100,6 +100,22 @@ class Records:
         self._events.close()
 
 
+class Unrecorded:
+    """The records of a process that leaves them to another."""
+
+    def __enter__(self) -> "Unrecorded":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+
 def loss_curve(folder: Path, *, title: str) -> Path | None:
     """Draw loss and learning rate into `folder`/loss.png; None without records."""
     from matplotlib.figure import Figure

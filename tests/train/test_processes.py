@@ -5,14 +5,24 @@ import socket
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+from rich.console import Console
 
+from lclm.cli.train import run
 from lclm.errors import LclmError
-from lclm.train.processes import join
+from lclm.hub import load_orbax
+from lclm.models.presets import preset
+from lclm.processes import join
+from lclm.train.config import train_config
+from lclm.train.layout import make_layout
+from lclm.train.records import read_journal
 
 ONE_OF_TWO = """
 import sys
-from lclm.train.processes import join
+from lclm.processes import join
+from lclm.train.config import train_config
 assert join() == 2
 import jax, numpy as np
 assert jax.device_count() == 4 and len(jax.local_devices()) == 2
@@ -25,6 +35,17 @@ for rows in (batch(), {k: v[own] for k, v in batch().items()}):  # all rows, its
     state, told = made.step(made.state, made.frozen, made.place(rows))
     print("loss", float(told["loss"]), float(told["grad_norm"]))
     made = trainer("plain", run_of(mesh=dict(data=2, fsdp=2), accumulate=2))
+"""
+TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(6000))
+CONFIG = """
+def get_config(mesh=0):
+    return dict(
+        name="tiny", data=dict(source="local:path=TEXT"), steps=4, batch=4, length=32,
+        model=dict(source="tiny-bytes", scratch=True, tokenizer="bytes"), log_every=1,
+        compute="float32", optimizer=dict(lr=3e-3, warmup=2), checkpoints=dict(every=2),
+        mesh=dict(fsdp=mesh) if mesh else None, sample=dict(prompt="ab", tokens=4),
+        holdout=dict(source="local:path=TEXT"), eval_every=4, eval_batches=1,
+    )
 """
 ALONE = """
 from tests.train.meshes import batch, run_of, trainer
@@ -39,20 +60,20 @@ def losses(text: str) -> list[list[float]]:
     return [[float(x) for x in line[1:]] for line in lines]
 
 
-@pytest.mark.slow
-def test_two_processes_have_the_loss_of_one(on_devices):
+def in_two(*command: str, devices: int) -> list[str]:
+    """What two processes of one machine print, `devices` each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "LCLM_COORDINATOR": f"127.0.0.1:{port}",
         "LCLM_PROCESSES": "2",
     }
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", ONE_OF_TWO],
+            [sys.executable, *command],
             env=env | {"LCLM_PROCESS": str(i)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -66,12 +87,57 @@ def test_two_processes_have_the_loss_of_one(on_devices):
         for process in both:
             process.kill()
     assert all(p.returncode == 0 for p in both), [err[-3000:] for _, err in told]
+    return [out for out, _ in told]
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_loss_of_one(on_devices):
+    told = in_two("-c", ONE_OF_TWO, devices=2)
     want = losses(on_devices(ALONE, count=1))[0]
-    for out, _ in told:
+    for out in told:
         found = losses(out)
         assert len(found) == 2
         for pair in found:
             assert pair == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_run_and_one_of_them_writes_it(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = tmp_path / "tiny.py"
+    config.write_text(CONFIG.replace("TEXT", str(tmp_path / "text.txt")))
+    command = ["-m", "lclm.cli", "train", f"--config={config}:mesh=2"]
+    command += [f"--workdir={tmp_path / 'two'}"]
+    first = in_two(*command, "--until", "2", devices=1)
+    assert "training" in first[0] and "training" not in first[1]
+    in_two(*command, devices=1)
+    run(str(config), workdir=tmp_path / "one", console=Console(quiet=True))
+    found = [
+        [r for r in read_journal(tmp_path / name / "metrics.jsonl") if "loss" in r]
+        for name in ("one", "two")
+    ]
+    assert [r["step"] for r in found[1]] == [1, 2, 3, 4]
+    for one, two in zip(*found, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    one, two = (load_orbax(tmp_path / n / "model").params for n in ("one", "two"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, two)
+    names = {p.name for p in (tmp_path / "two").iterdir()}
+    assert names == {p.name for p in (tmp_path / "one").iterdir()}
+    starts = read_journal(tmp_path / "two" / "metrics.jsonl")
+    starts = [r["step"] for r in starts if r.get("event") == "start"]
+    assert starts == [0, 2]
+
+
+def test_several_processes_need_a_mesh(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    run = train_config(
+        dict(
+            name="n", model=dict(source="m"), data=dict(source="s"), steps=1, batch=1,
+            length=8,
+        )
+    )  # fmt: skip
+    with pytest.raises(LclmError, match="2 processes and no mesh"):
+        make_layout(run, preset("tiny-bytes"))
 
 
 @pytest.mark.parametrize(
