@@ -132,7 +132,7 @@ def test_several_processes_need_a_mesh(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     run = train_config(
         dict(
-            name="n", model=dict(source="m"), data=dict(source="s"), steps=1, batch=1,
+            name="n", model=dict(source="m"), data=dict(source="kjv"), steps=1, batch=1,
             length=8,
         )
     )  # fmt: skip
