@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from lclm import sharding
 from lclm.attention import make as make_pattern
@@ -30,8 +31,13 @@ def project(
     bias: bool,
     joins: str | None = None,
 ) -> Array:
-    """Own and apply one [out, in] projection called `name`."""
-    return Projection(out, bias, joins, parent=module, name=name)(x)
+    """Own and apply one [out, in] projection called `name`.
+
+    What it gives can be kept or offloaded between the passes by that name
+    (`lclm.models.remat`).
+    """
+    y = Projection(out, bias, joins, parent=module, name=name)(x)
+    return checkpoint_name(y, name)
 
 
 def matrix(

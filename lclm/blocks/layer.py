@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from lclm.blocks import FEED_FORWARDS, MIXERS
 from lclm.blocks.norms import Norm, norm_states
@@ -34,6 +35,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         spec = self.spec
         kind = spec.mixer.TYPE
+        x = checkpoint_name(x, "layer_input")
         mixer = MIXERS[kind](
             spec.mixer,
             self.width,
