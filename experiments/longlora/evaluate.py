@@ -3,8 +3,8 @@
     lclm run --config=experiments/longlora/evaluate.py
     lclm run --config=experiments/longlora/evaluate.py:length=16384,passkey=false
 
-Persuasion, which no training saw, as one text of 32k tokens under full attention; then a
-passkey past the trained length. About 90 minutes on 2 CPU cores; any measurement that
+Persuasion, which no training saw, as one text of 32k tokens under full attention; then
+a passkey past the trained length. About 90 minutes on 2 CPU cores; any measurement that
 is finished is kept when it is interrupted.
 """
 

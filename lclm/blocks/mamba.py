@@ -20,6 +20,7 @@ from lclm.config import NormSpec
 from lclm.errors import LclmError
 from lclm.ops.conv import causal_conv
 from lclm.ops.linear import linear
+from lclm.ops.precision import wide_dtype
 from lclm.ops.scan import selective_scan
 from lclm.specs import MambaSpec
 from lclm.typing import Array, Float
@@ -130,7 +131,7 @@ class Mamba(nn.Module):
         y, h = selective_scan(
             u,
             raw,
-            a=-jnp.exp(a_log.astype(jnp.promote_types(u.dtype, jnp.float32)).T),
+            a=-jnp.exp(a_log.astype(wide_dtype(u)).T),
             b=b,
             c=c,
             positions=step.positions,

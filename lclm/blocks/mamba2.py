@@ -12,6 +12,7 @@ from lclm.cache.base import CachePolicy
 from lclm.cache.step import Step
 from lclm.config import NormSpec
 from lclm.ops.conv import causal_conv
+from lclm.ops.precision import wide_dtype
 from lclm.ops.ssd import gated_norm, ssd
 from lclm.specs import Mamba2Spec
 from lclm.typing import Array, Float
@@ -55,7 +56,7 @@ class Mamba2(nn.Module):
     ) -> tuple[Array, Array]:
         """The state-space part: outputs [B, T, inner] and the state behind them."""
         spec, shape = self.spec, mixed.shape[:2]
-        wide = jnp.promote_types(mixed.dtype, jnp.float32)
+        wide = wide_dtype(mixed)
         a_log = self.param("a_log", init_decay, (spec.heads,)).astype(wide)
         shift = self.param("dt_bias", init_step, (spec.heads,)).astype(wide)
         skip = self.param("d", nn.initializers.ones, (spec.heads,)).astype(wide)

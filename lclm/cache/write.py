@@ -8,6 +8,7 @@ from jax import lax
 
 from lclm.cache.base import KV
 from lclm.cache.step import Step
+from lclm.ops.slots import replace
 from lclm.typing import Array
 
 
@@ -57,7 +58,7 @@ def _refresh(kv: KV, new: KV, holds: Array, step: Step) -> KV:
 def _replace_all(kv: KV, new: KV, slot: Array, keep: Array) -> KV:
     """One token per row, written in place where `keep`."""
     slot = jnp.clip(slot, 0, kv.k.shape[2] - 1)
-    return _each(lambda old, value: _replace(old, value, slot, keep), kv, new)
+    return _each(lambda old, value: replace(old, value, slot, keep), kv, new)
 
 
 def _each(write: Callable[[Array, Array], Array], kv: KV, new: KV) -> KV:
@@ -119,16 +120,3 @@ def _update(old: Array, values: Array, start: Array) -> Array:
     if old.shape[0] == 1:
         return one(old[0], values[0], start[0])[None]
     return jax.vmap(one)(old, values, start)
-
-
-def _replace(old: Array, value: Array, slot: Array, keep: Array) -> Array:
-    """old[b, :, slot[b]] = value[b, :, 0] where keep[b]."""
-    value = value.astype(old.dtype)
-
-    def one(row: Array, new: Array, at: Array, ok: Array) -> Array:
-        here = lax.dynamic_slice_in_dim(row, at, 1, 1)
-        return lax.dynamic_update_slice_in_dim(row, jnp.where(ok, new, here), at, 1)
-
-    if old.shape[0] == 1:
-        return one(old[0], value[0], slot[0], keep[0])[None]
-    return jax.vmap(one)(old, value, slot, keep)

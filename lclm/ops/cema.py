@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from lclm.ops.branch import choose
+from lclm.ops.precision import wide_dtype
 from lclm.typing import Array, Bool, Float, Int
 
 BLOCK = 32
@@ -44,7 +45,7 @@ def coefficients(
     omega: Float[Array, "D 1"],
 ) -> Coefficients:
     """Stored parameters to p, q, g, omega, in at least float32 (the released code)."""
-    wide = jnp.promote_types(alpha.dtype, jnp.float32)
+    wide = wide_dtype(alpha)
     alpha, delta, theta, gamma, omega = (
         leaf.astype(wide) for leaf in (alpha, delta, theta, gamma, omega)
     )

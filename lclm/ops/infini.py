@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lclm.ops.precision import wide_dtype
+from lclm.ops.slots import replace
 from lclm.specs import InfiniSpec
 from lclm.typing import Array, Bool, Float, Int, Leaf
 from pallas_kernels import mask as masks
@@ -179,7 +181,7 @@ def recall_memory(
     delta rule a scan with one checkpoint a block.
     """
     (B, T, N, H), (K, E) = q.shape, v.shape[2:]
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = wide_dtype(q)
     size = min(spec.segment, T)
     count = -(-T // size)
 
@@ -385,8 +387,10 @@ def _refill(state: InfiniState, k, v, positions, segment: int) -> tuple[Array, A
 def _single_local(q, k, v, positions, spec: InfiniSpec, state: InfiniState):
     """One token a row: written to its slot first, then read with the others."""
     at = jnp.where(positions >= 0, positions % spec.segment, -1)[:, 0]
+    slot, own = jnp.maximum(at, 0), at >= 0
     buffers = tuple(
-        _put(old, new[:, 0], at) for old, new in ((state.k, k), (state.v, v))
+        replace(old, new.swapaxes(1, 2), slot, own)
+        for old, new in ((state.k, k), (state.v, v))
     )
     slots = jnp.arange(spec.segment, dtype=jnp.int32)[None]
     out, _ = cached_attention(
@@ -398,20 +402,6 @@ def _single_local(q, k, v, positions, spec: InfiniSpec, state: InfiniState):
         softcap=spec.attention.softcap,
     )
     return out, buffers
-
-
-def _put(old: Array, new: Array, at: Int[Array, " B"]) -> Array:
-    """old[b, :, at[b]] = new[b] where at[b] >= 0, in place where donated."""
-
-    def one(row: Array, value: Array, at: Array) -> Array:
-        slot = jnp.maximum(at, 0)
-        here = lax.dynamic_slice_in_dim(row, slot, 1, 1)
-        value = jnp.where(at >= 0, value[:, None].astype(row.dtype), here)
-        return lax.dynamic_update_slice_in_dim(row, value, slot, 1)
-
-    if old.shape[0] == 1:
-        return one(old[0], new[0], at[0])[None]
-    return jax.vmap(one)(old, new, at)
 
 
 def _runs(positions: Int[Array, "B T"], segment: int) -> tuple[Array, Array]:

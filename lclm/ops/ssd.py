@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lclm.errors import LclmError
+from lclm.ops.precision import wide_dtype
 from lclm.typing import Array, Float, Int
 
 BLOCK = 64  # tokens whose pairs are formed at once
@@ -67,7 +68,7 @@ def ssd(
     check(x, b, state, chunk)
     rows, time, heads, size = x.shape
     groups, width = b.shape[2:]
-    kind = jnp.promote_types(x.dtype, jnp.float32)
+    kind = wide_dtype(x)
     if state is None:
         state = jnp.zeros((rows, heads, size, width), kind)
     state = state.astype(kind)
@@ -309,7 +310,7 @@ def gated_norm(
 
     Gate first, then norm; statistics are float32 (Mamba-2's norm_before_gate=False).
     """
-    wide = jnp.promote_types(y.dtype, jnp.float32)
+    wide = wide_dtype(y)
     y = y.astype(wide) * jax.nn.silu(gate.astype(wide))
     parts = y.reshape(*y.shape[:-1], groups, -1)
     square = jnp.mean(parts * parts, -1, keepdims=True)

@@ -6,16 +6,12 @@ Beside the logits a golden holds the load-balance loss with and without padding,
 the gradient of the next-token loss with respect to a few tensors.
 """
 
-import argparse
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
-from make_goldens import GOLDEN, TINY, differences
+from make_goldens import TINY, make
 from transformers import AutoModelForCausalLM, JambaConfig, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -98,26 +94,5 @@ def write(name: str, folder: Path) -> None:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    parser.add_argument("names", nargs="*", default=[*CASES])
-    args = parser.parse_args()
-    torch.set_num_threads(2)
-    problems = []
-    for name in args.names:
-        with tempfile.TemporaryDirectory() as work:
-            made = Path(work)
-            write(name, made)
-            if args.check:
-                problems += differences(made, GOLDEN / name)
-            else:
-                shutil.rmtree(GOLDEN / name, ignore_errors=True)
-                shutil.copytree(made, GOLDEN / name)
-        print(f"{name}: {'compared' if args.check else 'written'}")
-    print("\n".join(problems), f"transformers {transformers.__version__}", sep="\n")
-    return 1 if problems else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(make(__doc__, CASES, write))

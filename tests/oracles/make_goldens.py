@@ -4,7 +4,7 @@ Run by a Python 3.11 environment with requirements-oracles.txt, never by the
 package: PyTorch and `transformers` are the oracle. Tiny models get weights far from
 their tame initial values, so that a lost term shows (reference: architectures.md 7).
 
-    python tests/oracles/make_goldens.py [--check] [--smollm2 FILE.gguf] [names ...]
+    python tests/oracles/make_goldens.py [--check] [names ...]
 """
 
 import argparse
@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -198,33 +199,45 @@ def cached_smollm2() -> Path:
     return base / "models" / SMOLLM2
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make(
+    about: str, names: Iterable[str], write: Callable[[str, Path], bool | None]
+) -> int:
+    """The command line of an oracle: write the goldens named, or compare with --check.
+
+    `write` puts the files of one golden into a folder and is False where it cannot.
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    parser.add_argument("--smollm2", type=Path, default=cached_smollm2())
-    parser.add_argument("names", nargs="*", default=[*CASES, "smollm2"])
+    parser.add_argument("names", nargs="*", default=[*names])
     args = parser.parse_args()
     torch.set_num_threads(2)
     problems = []
     for name in args.names:
-        if name == "smollm2" and not args.smollm2.is_file():
-            print(f"smollm2: skipped, no {args.smollm2} (lclm pull smollm2-135m)")
-            continue
         with tempfile.TemporaryDirectory() as work:
-            made = Path(work)
-            if name == "smollm2":
-                write_smollm2(args.smollm2.resolve(), made)
-            else:
-                write_tiny(name, made)
+            if write(name, Path(work)) is False:
+                continue
             if args.check:
-                problems += differences(made, GOLDEN / name)
+                problems += differences(Path(work), GOLDEN / name)
             else:
                 shutil.rmtree(GOLDEN / name, ignore_errors=True)
-                shutil.copytree(made, GOLDEN / name)
+                shutil.copytree(work, GOLDEN / name)
         print(f"{name}: {'compared' if args.check else 'written'}")
     print("\n".join(problems), f"transformers {transformers.__version__}", sep="\n")
     return 1 if problems else 0
 
 
+def write(name: str, folder: Path) -> bool:
+    """A tiny model's golden, or SmolLM2's where its file is at hand."""
+    if name != "smollm2":
+        write_tiny(name, folder)
+        return True
+    file = cached_smollm2()
+    if not file.is_file():
+        print(f"smollm2: skipped, no {file} (lclm pull smollm2-135m)")
+        return False
+    write_smollm2(file.resolve(), folder)
+    return True
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(make(__doc__, [*CASES, "smollm2"], write))

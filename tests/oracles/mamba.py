@@ -7,16 +7,12 @@ the gradients of a loss by tensor name; `mamba_bias` has projection biases, an o
 matrix of its own and another convolution width.
 """
 
-import argparse
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
-from make_goldens import GOLDEN, differences
+from make_goldens import make
 from transformers import MambaConfig, MambaForCausalLM
 
 LENGTH = 40
@@ -88,25 +84,5 @@ def write(name: str, folder: Path) -> None:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    parser.add_argument("names", nargs="*", default=[*CASES])
-    args = parser.parse_args()
-    torch.set_num_threads(2)
-    problems = []
-    for name in args.names:
-        with tempfile.TemporaryDirectory() as work:
-            write(name, Path(work))
-            if args.check:
-                problems += differences(Path(work), GOLDEN / name)
-            else:
-                shutil.rmtree(GOLDEN / name, ignore_errors=True)
-                shutil.copytree(work, GOLDEN / name)
-        print(f"{name}: {'compared' if args.check else 'written'}")
-    print("\n".join(problems), f"transformers {transformers.__version__}", sep="\n")
-    return 1 if problems else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(make(__doc__, CASES, write))

@@ -5,15 +5,12 @@ Run like make_goldens.py, by its environment: PyTorch and `transformers` are the
     python tests/oracles/mamba2.py [--check] [names ...]
 """
 
-import argparse
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from make_goldens import GOLDEN, differences
+from make_goldens import make
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 LENGTH = 17
@@ -74,24 +71,5 @@ def write(name: str, folder: Path) -> None:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    parser.add_argument("names", nargs="*", default=[*CASES])
-    args = parser.parse_args()
-    problems = []
-    for name in args.names:
-        with tempfile.TemporaryDirectory() as work:
-            write(name, Path(work))
-            if args.check:
-                problems += differences(Path(work), GOLDEN / name)
-            else:
-                shutil.rmtree(GOLDEN / name, ignore_errors=True)
-                shutil.copytree(work, GOLDEN / name)
-        print(f"{name}: {'compared' if args.check else 'written'}")
-    print(*problems, sep="\n")
-    return 1 if problems else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(make(__doc__, CASES, write))

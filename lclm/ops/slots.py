@@ -1,0 +1,23 @@
+"""One token written into each row of a buffer."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lclm.typing import Array
+
+
+def replace(old: Array, value: Array, slot: Array, keep: Array) -> Array:
+    """old[b, :, slot[b]] = value[b, :, 0] where keep[b], in place where donated.
+
+    old [B, K, S, ...], value [B, K, 1, ...], slot int [B] inside the buffer.
+    """
+    value = value.astype(old.dtype)
+
+    def one(row: Array, new: Array, at: Array, ok: Array) -> Array:
+        here = lax.dynamic_slice_in_dim(row, at, 1, 1)
+        return lax.dynamic_update_slice_in_dim(row, jnp.where(ok, new, here), at, 1)
+
+    if old.shape[0] == 1:
+        return one(old[0], value[0], slot[0], keep[0])[None]
+    return jax.vmap(one)(old, value, slot, keep)
