@@ -97,6 +97,12 @@ def config_from_hf(table: dict[str, Any], where: str = "config.json") -> ModelCo
     name = keys.get("model_type", str)
     if name in HF.entries:
         return HF[name].config_from_hf(table, where)
+    if name is None and "ssm_cfg" in table:
+        raise LclmError(
+            f"{where} is in the form of the state-spaces repository, not of Hugging "
+            "Face: take the same model in the other form, for instance "
+            "state-spaces/mamba-130m-hf for mamba-130m"
+        )
     if name not in FAMILIES:
         raise unknown(f"model_type in {where}:", name, [*FAMILIES, *HF])
     family = FAMILIES[name]

@@ -48,6 +48,13 @@ class TensorFolder:
     def _open(self, name: str) -> None:
         path = self.folder / name
         if not path.is_file():
+            pickled = sorted(p.name for p in self.folder.glob("*.bin"))
+            if pickled:
+                raise LclmError(
+                    f"{path}: no such file, and {pickled[0]} is a Python pickle, which "
+                    "may run code and is not read: save the model as safetensors "
+                    "(transformers: save_pretrained)"
+                )
             raise LclmError(
                 f"{path}: no such file; a Hugging Face folder needs {SINGLE}, or "
                 f"{INDEX} with every shard it names"

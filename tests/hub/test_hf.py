@@ -148,6 +148,18 @@ def test_a_shard_outside_the_folder_is_refused(hf_folder, shard):
         hub.load(folder)
 
 
+def test_weights_in_a_pickle_and_the_form_of_another_repository_are_refused(
+    hf_folder, tmp_path
+):
+    folder = hf_folder()
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    with pytest.raises(LclmError, match=r"pytorch_model\.bin is a Python pickle"):
+        hub.load(folder)
+    (tmp_path / "config.json").write_text('{"d_model": 768, "ssm_cfg": {}}')
+    with pytest.raises(LclmError, match="state-spaces/mamba-130m-hf"):
+        hub.load(tmp_path)
+
+
 def test_a_missing_shard_and_a_lying_index_are_named(hf_folder):
     folder = hf_folder()
     index = folder / f"{WEIGHTS}.index.json"
