@@ -124,6 +124,11 @@ class LanguageModel:
             raise LclmError(
                 f"{length} token per row leaves nothing to predict: give 2+"
             )
+        if policy.settles:
+            raise LclmError(
+                f"{cache!r} cuts a prompt once it has been read, and a loss has no "
+                "prompt; use at=chunk, or ask a context that prefill() read"
+            )
         began = time.perf_counter()
         if policy.recompute:
             out = recompute.nll(self._engine, policy, tokens, progress)
@@ -229,10 +234,11 @@ class LanguageModel:
             self._engine, policy, rows=len(rows), length=longest + extra, chunk=chunk
         )
         session.read(rows)
-        jax.block_until_ready(session.last)
+        session.settle()
+        jax.block_until_ready((session.last, session.caches))
         stats = Stats(
             bytes=measured_bytes(session.caches),
-            kept=policy.kept,
+            kept=session.policy.kept,
             prompt_tokens=sum(len(r) for r in rows),
             prefill_seconds=time.perf_counter() - began,
         )

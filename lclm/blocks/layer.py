@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lclm.blocks import FEED_FORWARDS, MIXERS
 from lclm.blocks.norms import Norm, norm_states
-from lclm.cache.base import CachePolicy, Layer
+from lclm.cache.base import CachePolicy, layers_of
 from lclm.cache.step import Step
 from lclm.config import AttentionSpec, LayerSpec, ModelConfig
 from lclm.typing import Array, Float
@@ -78,13 +78,13 @@ def init_states(
     (recurrent states in float32); a final norm with a state comes last.
     """
     states = []
+    known = {layer.index: layer for layer in layers_of(config)}
     for index, layer in enumerate(config.layers):
-        spec = layer.mixer
-        if isinstance(spec, AttentionSpec):
-            states.append(policy.init(Layer(index, spec), batch, length, dtype))
+        if index in known:
+            states.append(policy.init(known[index], batch, length, dtype))
         else:
-            mixer = MIXERS[spec.TYPE]
-            states.append(mixer.init_state(spec, config.width, batch, dtype))
+            mixer = MIXERS[layer.mixer.TYPE]
+            states.append(mixer.init_state(layer.mixer, config.width, batch, dtype))
     return (*states, *norm_states(config.norm, batch))
 
 
@@ -114,10 +114,8 @@ def state_sizes(
 
 def each_cache(config: ModelConfig, states: tuple[Any, ...], change) -> tuple[Any, ...]:
     """`change(cache, layer)` applied to the caches of attention layers."""
-    layers = config.layers
+    known = {layer.index: layer for layer in layers_of(config)}
     return tuple(
-        change(state, Layer(i, layers[i].mixer))
-        if i < len(layers) and isinstance(layers[i].mixer, AttentionSpec)
-        else state
+        change(state, known[i]) if i in known else state
         for i, state in enumerate(states)
     )

@@ -19,6 +19,22 @@ POLICIES = Table(
             "lclm.cache.policies:Recompute",
             "no cache: re-read the last `window` tokens for every token",
         ),
+        "h2o": Entry(
+            "lclm.cache.scores:H2O", "most attention received so far (2306.14048)"
+        ),
+        "tova": Entry(
+            "lclm.cache.scores:TOVA", "most attention of the last query (2401.06104)"
+        ),
+        "snapkv": Entry(
+            "lclm.cache.scores:SnapKV",
+            "most attention of the last queries, pooled (2404.14469)",
+        ),
+        "pyramidkv": Entry(
+            "lclm.cache.scores:PyramidKV",
+            "SnapKV with budgets that fall with depth (2406.02069)",
+        ),
+        "knorm": Entry("lclm.cache.scores:Knorm", "small keys stay (2406.11430)"),
+        "keydiff": Entry("lclm.cache.scores:KeyDiff", "unusual keys stay (2504.15364)"),
     },
 )
 

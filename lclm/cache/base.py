@@ -25,19 +25,27 @@ class Layer:
     """Which layer a policy is asked about.
 
     `mask` is the whole mask of a spec with a static pattern, on positions, or None.
+    `rank` counts the model's attention layers from 0, `layers` is how many there are;
+    both are known where caches are allocated or cut, not while they are read.
     """
 
     index: int
     spec: AttentionSpec
     mask: Mask | None = None
+    rank: int = 0
+    layers: int = 1
 
 
 def layers_of(config: ModelConfig) -> tuple[Layer, ...]:
     """Every attention layer of a model as cache policies know it."""
-    return tuple(
-        Layer(i, s.mixer)
+    found = [
+        (i, s.mixer)
         for i, s in enumerate(config.layers)
         if isinstance(s.mixer, AttentionSpec)
+    ]
+    return tuple(
+        Layer(i, mixer, rank=rank, layers=len(found))
+        for rank, (i, mixer) in enumerate(found)
     )
 
 
@@ -140,11 +148,13 @@ class CachePolicy:
 
     `kept` is the most tokens per kv head that stay between calls (None: all of them).
     `exact_angles` asks for rotary angles that stay accurate at millions of positions.
+    `compacts`: survivors are chosen at the ends of calls, so they depend on the chunk.
     """
 
     needs: ClassVar[Needs] = Needs()
     exact_angles: ClassVar[bool] = False
     per_head: ClassVar[bool] = False
+    compacts: ClassVar[bool] = False
     recompute: ClassVar[bool] = False
     overflow: ClassVar[Overflow | None] = None
 
@@ -206,6 +216,19 @@ class CachePolicy:
     def compact(self, cache: Cache, layer: Layer) -> Cache:
         """Make room after an overflow."""
         return cache
+
+    @property
+    def settles(self) -> bool:
+        """Whether the engine calls `settle` once, behind the whole prompt."""
+        return False
+
+    def settle(self, cache: Cache, layer: Layer, read: int) -> Cache:
+        """What stays of prompts, of up to `read` tokens, that have been read whole."""
+        return cache
+
+    def settled(self, read: int) -> "CachePolicy":
+        """The policy behind `settle`, where rows had up to `read` tokens."""
+        return self
 
     def observe(
         self, cache: Cache, nll: Float[Array, "B T"], step_positions: Int[Array, "B T"]

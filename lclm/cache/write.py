@@ -8,7 +8,7 @@ from jax import lax
 
 from lclm.cache.base import KV
 from lclm.cache.step import Step
-from lclm.ops.slots import replace
+from lclm.ops.slots import replace, replace_by_head
 from lclm.typing import Array
 
 
@@ -18,7 +18,7 @@ def append(kv: KV, new: KV, step: Step) -> KV:
     Padding lands in slots nobody reads (position -1) that later tokens overwrite; a
     row that reads nothing in a one-token call must have a free slot left.
     """
-    return _each(lambda old, values: _update(old, values, step.start), kv, new)
+    return _each(lambda old, values: put(old, values, step.start), kv, new)
 
 
 def head(kv: KV, new: KV, step: Step) -> KV:
@@ -67,40 +67,50 @@ def _each(write: Callable[[Array, Array], Array], kv: KV, new: KV) -> KV:
     return KV(write(kv.k, new.k), write(kv.v, new.v), pos)
 
 
-def gather(kv: KV, new: KV, index: Array) -> KV:
-    """Keep slots `index` [B, K, M] of the old slots followed by the new tokens.
+def per_head(kv: KV) -> KV:
+    """The same slots with a position for every head."""
+    pos = jnp.broadcast_to(kv.pos, kv.k.shape[:3])
+    return KV(kv.k, kv.v, pos)
 
-    An index of -1 leaves its slot empty.
+
+def place(kv: KV, new: KV, slot: Array, keep: Array) -> KV:
+    """One token a row, in slot [B, K] of each head where `keep` [B]."""
+    return _each(
+        lambda old, value: replace_by_head(old, value, slot, keep), kv, per_head(new)
+    )
+
+
+def joined(kv: KV, new: KV) -> KV:
+    """The slots, and behind them a call's tokens."""
+    return _each(
+        lambda old, value: jnp.concatenate([old, value.astype(old.dtype)], 2), kv, new
+    )
+
+
+def take(kv: KV, index: Array) -> KV:
+    """Slots `index` [B, K, M]; an index of -1 leaves its slot empty."""
+
+    def pick(values: Array) -> Array:
+        return jnp.take_along_axis(values, jnp.maximum(index, 0)[..., None], 2)
+
+    pos = pick(kv.pos[..., None])[..., 0]
+    return KV(pick(kv.k), pick(kv.v), jnp.where(index >= 0, pos, -1))
+
+
+def best(rank: Array, pos: Array, count: int) -> Array:
+    """Indices [B, K, count] of the highest ranks in order of position, -1 beyond them.
+
+    Empty slots (pos < 0) are never chosen; ties go to the lower slot.
     """
-    heads = kv.k.shape[1]
-
-    def pick(old: Array, values: Array) -> Array:
-        both = jnp.concatenate([old, values.astype(old.dtype)], 2)
-        return jnp.take_along_axis(both, jnp.maximum(index, 0)[..., None], 2)
-
-    def spread(pos: Array) -> Array:
-        return jnp.broadcast_to(pos, (pos.shape[0], heads, pos.shape[2]))
-
-    pos = jnp.concatenate([spread(kv.pos), spread(new.pos)], 2)
-    pos = jnp.take_along_axis(pos, jnp.maximum(index, 0), 2)
-    return KV(pick(kv.k, new.k), pick(kv.v, new.v), jnp.where(index >= 0, pos, -1))
-
-
-def select(scores: Array, pos: Array, budget: int, protect: Array) -> Array:
-    """Indices [B, K, budget] of the best slots in slot order, -1 beyond the valid ones.
-
-    Protected slots beat every score, empty ones (pos < 0) are never chosen, ties go to
-    the lower slot.
-    """
-    rank = jnp.where(protect, jnp.inf, scores)
     rank = jnp.where(pos >= 0, rank, -jnp.inf)
-    best, index = lax.top_k(rank, min(budget, rank.shape[-1]))
-    index = jnp.where(best > -jnp.inf, index, rank.shape[-1])
-    index = jnp.sort(index, -1)
-    return jnp.where(index < rank.shape[-1], index, -1)
+    top, index = lax.top_k(rank, count)
+    none = jnp.iinfo(jnp.int32).max
+    place = jnp.where(top > -jnp.inf, jnp.take_along_axis(pos, index, 2), none)
+    place, index = lax.sort((place, index), num_keys=1)
+    return jnp.where(place < none, index, -1)
 
 
-def _update(old: Array, values: Array, start: Array) -> Array:
+def put(old: Array, values: Array, start: Array) -> Array:
     """old[b, :, start[b] : start[b] + T] = values[b], in place where donated.
 
     Padding that would run past the last slot is dropped: the window then starts

@@ -21,3 +21,23 @@ def replace(old: Array, value: Array, slot: Array, keep: Array) -> Array:
     if old.shape[0] == 1:
         return one(old[0], value[0], slot[0], keep[0])[None]
     return jax.vmap(one)(old, value, slot, keep)
+
+
+def replace_by_head(old: Array, value: Array, slot: Array, keep: Array) -> Array:
+    """old[b, k, slot[b, k]] = value[b, k, 0] where keep[b], in place where donated.
+
+    old [B, K, S, ...], value [B, K, 1, ...], slot int [B, K] inside the buffer.
+    """
+    value = value.astype(old.dtype)
+
+    def one(row: Array, new: Array, at: Array, ok: Array) -> Array:
+        for k in range(row.shape[0]):
+            start = (k, at[k]) + (0,) * (row.ndim - 2)
+            here = lax.dynamic_slice(row, start, (1, 1, *row.shape[2:]))
+            new_k = jnp.where(ok, new[k : k + 1], here)
+            row = lax.dynamic_update_slice(row, new_k, start)
+        return row
+
+    if old.shape[0] == 1:
+        return one(old[0], value[0], slot[0], keep[0])[None]
+    return jax.vmap(one)(old, value, slot, keep)

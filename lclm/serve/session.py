@@ -161,6 +161,14 @@ def _overflow(weights, caches, chunk: Chunk, *, how: How):
     return each_cache(how.config, caches, how.policy.compact)
 
 
+@functools.partial(jax.jit, static_argnames=("how", "read"))
+def _settle(caches, *, how: How, read: int):
+    """Cut caches that hold prompts of up to `read` tokens whole."""
+    return each_cache(
+        how.config, caches, lambda cache, layer: how.policy.settle(cache, layer, read)
+    )
+
+
 def keep_from(other: Sequence[Cache]):
     """A change for `each_cache` that takes another tuple's caches."""
     return lambda _, layer: other[layer.index]
@@ -244,12 +252,24 @@ class Session:
 
     def reserve(self, length: int) -> None:
         """Make room for rows of `length` tokens; stored slots keep their places."""
-        if length <= self.length:
-            return
-        self._check(self.rows, length)
+        if length > self.length:
+            self._check(self.rows, length)
+            self._widen(length)
 
+    def settle(self) -> None:
+        """The prompt has been read whole: cut it, where the policy does so then."""
+        if not self.policy.settles:
+            return
+        read = int(self.start.max())
+        self.caches = _settle(self.caches, how=self.how, read=read)
+        self.policy = self.policy.settled(read)
+        self._widen(self.length)
+
+    def _widen(self, length: int) -> None:
         def widen(old: Array, new: jax.ShapeDtypeStruct) -> Array:
-            pads = [(0, n - o) for o, n in zip(old.shape, new.shape, strict=True)]
+            pads = [
+                (0, max(0, n - o)) for o, n in zip(old.shape, new.shape, strict=True)
+            ]
             empty = -1 if jnp.issubdtype(old.dtype, jnp.integer) else 0
             return (
                 jnp.pad(old, pads, constant_values=empty)

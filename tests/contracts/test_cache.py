@@ -14,6 +14,8 @@ from tests.tiny import dense_nll, tiny_lm, tokens
 
 LENGTH = 40
 CACHED = [n for n in policies.POLICIES if not policies.POLICIES[n].recompute]
+CHOOSING = [n for n in CACHED if policies.POLICIES[n].compacts]
+STEADY = [n for n in CACHED if n not in CHOOSING]
 
 
 def make(name: str, budget: int) -> policies.CachePolicy:
@@ -44,7 +46,7 @@ def test_a_budget_of_the_whole_text_equals_full_attention(name):
     np.testing.assert_allclose(nll, dense_nll(tiny_lm(), text), atol=3e-5)
 
 
-@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("name", STEADY)
 def test_losses_do_not_depend_on_the_chunk(name):
     text = tokens(1, LENGTH)
     whole = tiny_lm().nll(text, cache=make(name, 9), chunk=LENGTH)
@@ -62,11 +64,11 @@ def test_measured_bytes_equal_the_formula_and_stay_in_budget(name):
     held.read(tokens(3, LENGTH).tolist())
     assert measured_bytes(held.caches) == want
     if policy.kept is not None:
-        for cache in held.caches:
-            assert sum(g.k.shape[2] for g in cache.groups) <= policy.kept
+        slots = [sum(g.k.shape[2] for g in cache.groups) for cache in held.caches]
+        assert np.mean(slots) <= policy.kept
 
 
-@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("name", STEADY)
 def test_chunked_reading_stores_what_token_by_token_reading_stores(name):
     text = tokens(1, LENGTH).tolist()
     chunked, single = session(name, 9), session(name, 9, chunk=1)
@@ -103,6 +105,48 @@ def test_a_second_text_is_untouched_by_the_first_and_compiles_nothing(name):
 @pytest.mark.parametrize("name", CACHED)
 def test_the_cache_is_donated(name):
     held = session(name, 9)
-    before = jax.tree.leaves(held.caches)
+    before = jax.tree.leaves([cache.groups for cache in held.caches])
     held.read(tokens(1, 16).tolist())
     assert all(leaf.is_deleted() for leaf in before if leaf.size)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_a_chosen_cache_is_full_sorted_and_holds_what_it_protects(name):
+    held = session(name, 9, rows=3)
+    held.read(
+        [row[:n] for row, n in zip(tokens(3, 40).tolist(), (40, 23, 9), strict=True)]
+    )
+    policy, layers = held.policy, held.engine.layers
+    for cache, layer in zip(held.caches, layers, strict=True):
+        for group in cache.groups:
+            for pos, length in zip(np.asarray(group.pos), (40, 23, 9), strict=True):
+                for head in pos:
+                    found = head[head >= 0].tolist()
+                    assert found == sorted(set(found))
+                    assert len(found) == min(policy.share(layer, LENGTH), length)
+                    recent = range(length - policy.protected_recent, length)
+                    assert {*range(policy.sinks), *recent} <= set(found)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_a_prompt_is_cut_once_and_what_follows_is_kept(name):
+    lm = tiny_lm()
+    policy = dataclasses.replace(make(name, 9), at="end")
+    rows = [tokens(1, n, seed=n)[0].tolist() for n in (20, 37)]
+    context = lm.prefill(rows, cache=policy, chunk=16)
+    cut = [cache.groups[0].pos for cache in context.session.caches]
+    for pos, layer in zip(cut, lm._engine.layers, strict=True):
+        held = (np.asarray(pos) >= 0).sum(-1)
+        assert (held == policy.share(layer, 37)).all()
+    made = context.generate([5, 6, 7], 4)
+    assert [len(each.tokens) for each in made] == [4, 4]
+    want = [c.groups[0].k.nbytes for c in context.session.caches]
+    assert max(want) < lm.cache_bytes("full", 37, batch=2) / 4
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_a_prompt_within_the_budget_is_not_cut(name):
+    lm, row = tiny_lm(), tokens(1, 20)[0].tolist()
+    policy = dataclasses.replace(make(name, LENGTH), at="end")
+    full = lm.generate(row, 6, chunk=16).tokens
+    assert lm.generate(row, 6, cache=policy, chunk=16).tokens == full

@@ -31,15 +31,9 @@ class TopMass(Absolute):
     def update(self, cache, new, step, layer, evidence):
         (kv,) = cache.groups
         scores = jnp.concatenate([evidence.mass_old, evidence.mass_new], 2)
-        spread = jnp.broadcast_to(new.pos, (*kv.pos.shape[:2], new.pos.shape[2]))
-        pos = jnp.concatenate([kv.pos, spread], 2)
-        index = write.select(scores, pos, self.budget, jnp.zeros(pos.shape, bool))
-        index = jnp.pad(
-            index,
-            ((0, 0), (0, 0), (0, self.budget - index.shape[2])),
-            constant_values=-1,
-        )
-        return Cache((write.gather(kv, new, index),), cache.extra)
+        both = write.joined(kv, write.per_head(new))
+        index = write.best(scores, both.pos, self.budget)
+        return Cache((write.take(both, index),), cache.extra)
 
 
 @dataclass(frozen=True)
@@ -65,12 +59,9 @@ class Catalyst(Absolute):
 
     def update(self, cache, new, step, layer, evidence):
         (kv,) = cache.groups
-        spread = jnp.broadcast_to(new.pos, (*kv.pos.shape[:2], new.pos.shape[2]))
-        pos = jnp.concatenate([kv.pos, spread], 2)
-        index = write.select(
-            jnp.zeros(pos.shape), pos, kv.k.shape[2], jnp.zeros(pos.shape, bool)
-        )
-        return Cache((write.gather(kv, new, index),), cache.extra)
+        both = write.joined(kv, write.per_head(new))
+        index = write.best(jnp.zeros(both.pos.shape), both.pos, kv.k.shape[2])
+        return Cache((write.take(both, index),), cache.extra)
 
     def weigh(self, cache, evidence, step):
         return Cache(cache.groups, {"score": evidence.mass_old})
@@ -78,14 +69,10 @@ class Catalyst(Absolute):
     def compact(self, cache, layer):
         (kv,) = cache.groups
         score = cache.extra["score"]
-        index = write.select(score, kv.pos, self.budget, jnp.zeros(score.shape, bool))
-        index = jnp.pad(
-            index,
-            ((0, 0), (0, 0), (0, kv.k.shape[2] - self.budget)),
-            constant_values=-1,
-        )
-        none = type(kv)(kv.k[:, :, :0], kv.v[:, :, :0], kv.pos[..., :0])
-        return Cache((write.gather(kv, none, index),), cache.extra)
+        index = write.best(score, kv.pos, self.budget)
+        spare = kv.k.shape[2] - self.budget
+        index = jnp.pad(index, ((0, 0), (0, 0), (0, spare)), constant_values=-1)
+        return Cache((write.take(kv, index),), cache.extra)
 
 
 @dataclass(frozen=True)

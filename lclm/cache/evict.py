@@ -1,0 +1,207 @@
+"""Policies that keep `budget` tokens a kv head and choose them by a score."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from lclm.cache import read, write
+from lclm.cache.base import KV, Cache, Evidence, HeadGroup, Heads, Layer, Needs
+from lclm.cache.policies import Absolute, Full, at_least
+from lclm.cache.step import Step
+from lclm.errors import LclmError
+from lclm.ops.slots import replace_by_head
+from lclm.typing import Array
+
+STAGES = ("chunk", "end", "kept")
+BIG = 1e30
+
+
+@dataclass(frozen=True)
+class Evicting(Absolute):
+    """Tokens at their own positions; at most `budget` a kv head, the best scored.
+
+    at="chunk": memory is bounded throughout. Each call reads the slots and itself, then
+    keeps the best `budget` of both; a decoded token takes the place of the lowest
+    score. Selection falls at the ends of calls, so what survives depends on the chunk.
+    at="end", the form of the papers: the prompt is kept whole, cut to `budget` once it
+    has been read, and what follows is kept (decode="keep") or evicts (decode="evict").
+    Tokens read before the cut are those a score may see: a question inside the prompt
+    makes it query-aware, a question asked of a prefilled context does not.
+
+    `sinks` first and `recent` last tokens always stay (`recent` None: a share of the
+    budget that the method states). Layers with a pattern or a narrower window of their
+    own keep what they see, as under "full".
+
+    A method says what it notes of each call (`note`) and, where a score is no sum of
+    such notes, how slots are rated when some have to go (`rate`).
+    """
+
+    budget: int = 1024
+    sinks: int = 4
+    recent: int | None = None
+    at: str = "chunk"
+    decode: str = "keep"
+    read: int = field(default=0, compare=False, repr=False)
+
+    per_head: ClassVar[bool] = True
+    compacts: ClassVar[bool] = True
+
+    def __post_init__(self):
+        name = type(self).__name__.lower()
+        at_least(f"{name}: budget", self.budget, 1)
+        at_least(f"{name}: sinks", self.sinks, 0)
+        at_least(f"{name}: recent", self.protected_recent, 1)
+        if self.at not in STAGES:
+            raise LclmError(f"{name}: at is {self.at!r}; use 'chunk' or 'end'")
+        if self.decode not in ("keep", "evict"):
+            raise LclmError(f"{name}: decode is {self.decode!r}; use 'keep' or 'evict'")
+        least = self.sinks + self.protected_recent
+        if self.budget < least:
+            raise LclmError(
+                f"{name}: budget {self.budget} is below the {least} tokens it protects "
+                f"(sinks {self.sinks}, recent {self.protected_recent}); raise the "
+                "budget or protect fewer"
+            )
+
+    @property
+    def protected_recent(self) -> int:
+        """Last tokens that stay."""
+        return max(1, self.budget // 4) if self.recent is None else self.recent
+
+    @property
+    def kept(self) -> int | None:
+        return None if self.at == "end" else self.budget
+
+    @property
+    def settles(self) -> bool:
+        return self.at == "end"
+
+    def share(self, layer: Layer, length: int) -> int:
+        """Tokens a kv head of one layer keeps, of rows of up to `length`."""
+        return self.budget
+
+    def capacity(self, layer: Layer, length: int) -> int:
+        if self.at == "end":
+            return length
+        if self.at == "chunk":
+            return min(self.share(layer, length), length)
+        kept = min(self.share(layer, self.read), self.read)
+        return kept + max(length - self.read, 0)
+
+    def groups(self, layer: Layer, length: int) -> tuple[HeadGroup, ...]:
+        if self._foreign(layer):
+            return Full().groups(layer, length)
+        return super().groups(layer, length)
+
+    def init(self, layer: Layer, batch: int, length: int, dtype) -> Cache:
+        if self._foreign(layer):
+            return Full().init(layer, batch, length, dtype)
+        if layer.spec.rope is not None and layer.spec.rope.dynamic:
+            raise LclmError(
+                f"{type(self).__name__.lower()} with RoPE type "
+                f"{layer.spec.rope.kind!r}: its angles change with the length; use a "
+                "fixed type such as yarn or linear"
+            )
+        cache = super().init(layer, batch, length, dtype)
+        if self.at == "kept":
+            return Cache(cache.groups, {"shift": jnp.zeros(batch, jnp.int32)})
+        (kv,) = cache.groups
+        score = jnp.zeros(kv.k.shape[:3], jnp.float32)
+        return Cache(cache.groups, {"score": score} | self.notes(layer, batch, dtype))
+
+    def notes(self, layer: Layer, batch: int, dtype) -> dict[str, Array]:
+        """What is carried for a row beside a score of each slot, before any token."""
+        return {}
+
+    def note(
+        self, cache: Cache, new: KV, step: Step, layer: Layer, evidence: Evidence
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """Scores of the slots [B, K, C] and of a call's tokens [B, K, T]; row notes."""
+        raise NotImplementedError
+
+    def rate(
+        self, kv: KV, score: Array, notes: dict[str, Array], layer: Layer
+    ) -> Array:
+        """Scores float32 [B, K, S] of slots, when several have to go."""
+        return score
+
+    def attend(
+        self,
+        cache: Cache,
+        heads: Heads,
+        step: Step,
+        layer: Layer,
+        sink: Array | None = None,
+    ) -> tuple[Array, Cache]:
+        if self._foreign(layer):
+            return Full().attend(cache, heads, step, layer, sink)
+        needs = Needs() if self.at == "kept" else self.needs
+        out, evidence, new = read.absolute(cache, heads, step, layer, sink, needs)
+        return out, self.update(cache, new, step.after(out), layer, evidence)
+
+    def update(
+        self, cache: Cache, new: KV, step: Step, layer: Layer, evidence: Evidence
+    ) -> Cache:
+        """Write a call's tokens; under at="chunk" only the best of all stay."""
+        (kv,) = cache.groups
+        new = write.per_head(new)
+        if self.at == "kept":
+            behind = dataclasses.replace(step, start=step.start - cache.extra["shift"])
+            return Cache((write.append(kv, new, behind),), cache.extra)
+        old, fresh, notes = self.note(cache, new, step, layer, evidence)
+        if self.at == "end":
+            score = write.put(old[..., None], fresh[..., None], step.start)[..., 0]
+            return Cache((write.append(kv, new, step),), {"score": score, **notes})
+        last = step.start + step.count - 1
+        if new.k.shape[2] == 1:
+            slot = jnp.argmin(self._rank(old, kv.pos, last, layer), -1)
+            kv = write.place(kv, new, slot, step.valid[:, 0])
+            score = replace_by_head(old, fresh, slot, step.valid[:, 0])
+            return Cache((kv,), {"score": score, **notes})
+        slots, both = kv.k.shape[2], write.joined(kv, new)
+        score = self.rate(both, jnp.concatenate([old, fresh], 2), notes, layer)
+        kv, score = self._best(both, score, last, slots, layer)
+        return Cache((kv,), {"score": score, **notes})
+
+    def settle(self, cache: Cache, layer: Layer, read: int) -> Cache:
+        """Cut a prompt that was kept whole to the budget (at="end")."""
+        if self._foreign(layer):
+            return cache
+        (kv,), notes = cache.groups, dict(cache.extra)
+        score = self.rate(kv, notes.pop("score"), notes, layer)
+        count = jnp.sum(kv.pos[:, 0] >= 0, -1, dtype=jnp.int32)
+        slots = min(self.share(layer, read), read)
+        kv, score = self._best(kv, score, count - 1, slots, layer)
+        if self.decode == "evict":
+            return Cache((kv,), {"score": score, **notes})
+        return Cache((kv,), {"shift": count - jnp.minimum(count, slots)})
+
+    def settled(self, read: int) -> "Evicting":
+        """The policy behind `settle`, where rows had up to `read` tokens."""
+        at = "chunk" if self.decode == "evict" else "kept"
+        return dataclasses.replace(self, at=at, read=read)
+
+    def _best(
+        self, kv: KV, score: Array, last: Array, slots: int, layer: Layer
+    ) -> tuple[KV, Array]:
+        """The best `slots` slots in order of position, and their scores."""
+        index = write.best(self._rank(score, kv.pos, last, layer), kv.pos, slots)
+        score = jnp.take_along_axis(score, jnp.maximum(index, 0), 2)
+        return write.take(kv, index), jnp.where(index >= 0, score, 0.0)
+
+    def _rank(self, score: Array, pos: Array, last: Array, layer: Layer) -> Array:
+        """Scores with protected slots above all, and empty ones below."""
+        last = last[:, None, None]
+        protect = (pos < self.sinks) | (pos > last - self.protected_recent)
+        if layer.spec.window is not None:
+            score = jnp.where(pos > last - layer.spec.window, score, -BIG)
+        score = jnp.where(protect, BIG, score)
+        return jnp.where(pos >= 0, score, -jnp.inf)
+
+    def _foreign(self, layer: Layer) -> bool:
+        """Whether a layer sees less than the budget by itself."""
+        spec = layer.spec
+        narrow = spec.window is not None and spec.window <= self.budget
+        return spec.static or narrow
