@@ -119,6 +119,7 @@ class LanguageModel:
         compact do so at chunk ends. `progress` is told the tokens read so far.
         """
         tokens, policy = self._tokens(tokens), policies.make(cache)
+        kept = policy.kept
         rows, length = tokens.shape
         if length < 2:
             raise LclmError(
@@ -138,10 +139,10 @@ class LanguageModel:
                 self._engine, policy, rows=rows, length=length - 1, chunk=chunk
             )
             out = session.nll(tokens, progress)
-            held = measured_bytes(session.caches)
+            kept, held = session.policy.kept, measured_bytes(session.caches)
         self.last_stats = Stats(
             bytes=held,
-            kept=policy.kept,
+            kept=kept,
             prompt_tokens=rows * (length - 1),
             prefill_seconds=time.perf_counter() - began,
         )
@@ -213,7 +214,8 @@ class LanguageModel:
 
     def cache_bytes(self, cache: Policy, length: int, batch: int = 1) -> int:
         """Bytes of caches and states for rows of `length` tokens, from shapes."""
-        policy, dtype = policies.make(cache), self._engine.cache_dtype
+        policy, _ = policies.make(cache).resolve(self.config)
+        dtype = self._engine.cache_dtype
         return state_bytes(self.config, policy, batch, length, dtype)
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:

@@ -163,6 +163,19 @@ class CachePolicy:
         """Tokens kept per kv head between calls; None keeps all."""
         return None
 
+    def resolve(self, config: ModelConfig) -> tuple["CachePolicy", Any]:
+        """The policy as it runs over one model, and the parameters it brings.
+
+        Sessions, sizes and plans call this once, before anything is allocated. Here a
+        policy reads what was made for a model and refuses what was made for another
+        (LclmError): what decides shapes goes into the returned policy, which stays
+        hashable and which a second `resolve` leaves as it is; arrays (`needs.params`)
+        are returned beside it, one item per layer of `config.layers` (None where a
+        layer has none), and reach `attend` as `step.policy[layer.index]`. A saved
+        context stores the returned policy, and its arrays are resolved again.
+        """
+        return self, None
+
     def far(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"] | None:
         """Second positions queries are also rotated to (`step.rotate(far=True)`)."""
         return None

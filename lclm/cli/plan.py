@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
 
     policies = [cache.make(text) for text in args.cache or ["full"]]
     config, dtype = describe(args.model or args.source), getattr(jnp, args.dtype)
+    policies = [policy.resolve(config)[0] for policy in policies]
     weights = parameters(config) * SIZES[args.dtype]
     free = available_bytes()
     print(f"{parameters(config):,} parameters, {args.dtype}: {format_bytes(weights)}")

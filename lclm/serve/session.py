@@ -4,6 +4,7 @@ All shapes are static: rows are read left-aligned in chunks of one size (the tai
 smaller bucket), padded on the right with positions of -1 that no cache keeps.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -226,6 +227,10 @@ class Session:
         """Allocate for `rows` rows of `length` tokens, `chunk` read at a time."""
         if chunk < 1:
             raise LclmError(f"chunk is {chunk}; it must be at least 1 token")
+        policy, params = policy.resolve(engine.config)
+        if params is not None:
+            params = jax.tree.map(jnp.asarray, params)
+            engine = dataclasses.replace(engine, policy_params=params)
         self.engine, self.policy = engine, policy
         room = policy.overflow.room if policy.overflow else None
         self.chunk = chunk if room is None else min(chunk, room)

@@ -1,14 +1,17 @@
 """The policy protocol is complete: throwaway policies that use all of it."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lclm.cache import write
 from lclm.cache.base import Cache, Needs, Overflow
 from lclm.cache.policies import Absolute, Full
+from lclm.errors import LclmError
 from lclm.serve.session import Engine, Session
 from tests.tiny import dense_nll, tiny_lm, tokens
 
@@ -189,3 +192,30 @@ def test_parameters_reach_a_policy_that_brings_them():
     one, two = jnp.float32(1), jnp.float32(2)
     np.testing.assert_allclose(nll((one, one)), lm.nll(text), atol=3e-5)
     assert np.abs(nll((one, two)) - lm.nll(text)).max() > 1e-3
+
+
+@dataclass(frozen=True)
+class Fetching(Gated):
+    """Brings its gates by itself, for models of one width only."""
+
+    width: int = 32
+    ready: bool = False
+
+    def resolve(self, config):
+        if config.width != self.width:
+            raise LclmError(f"gates for width {self.width}, not {config.width}")
+        gates = tuple(np.float32(2 - i) for i in range(len(config.layers)))
+        return dataclasses.replace(self, ready=True), gates
+
+
+def test_a_policy_resolves_itself_against_the_model_and_brings_its_parameters():
+    lm, text = tiny_lm(), tokens(1, 20)
+    held = Session(lm._engine, Fetching(), rows=1, length=20, chunk=8)
+    got = held.nll(text)
+    assert held.policy.ready and lm._engine.policy_params is None
+    np.testing.assert_array_equal(lm.nll(text, cache=Fetching(), chunk=8), got)
+    engine = dataclasses.replace(lm._engine, policy_params=(2.0, 1.0))
+    given = Session(engine, Gated(), rows=1, length=20, chunk=8).nll(text)
+    np.testing.assert_allclose(given, got, atol=3e-5)
+    with pytest.raises(LclmError, match="width 64, not 32"):
+        lm.cache_bytes(Fetching(width=64), 20)
