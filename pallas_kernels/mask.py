@@ -8,12 +8,13 @@ Rows are queries, columns are keys. `T` queries sit at positions
 `offset .. offset + T` of a key axis of length `S`. Every mask can be evaluated in
 two ways: element by element (`visible`), and per row as disjoint key intervals
 (`intervals`); counts and block maps come from the intervals, so no `T x S` array is
-made for them.
+made for them. A decoding step, whose position is traced, asks for `seen_blocks`.
 """
 
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
@@ -59,6 +60,20 @@ class Mask:
         Entries lie in [0, S]; unused ones are empty (`lo == hi`).
         """
         raise NotImplementedError
+
+    @property
+    def grain(self) -> int:
+        """Keys per block of the grid that the mask is made on; 0 where any will do."""
+        return 0
+
+    def seen_blocks(self, i, block: int, S: int):
+        """Blocks of `block` keys that hold all a query at `i` [...] sees: int [..., n].
+
+        `i` may be traced and n follows from the mask, `block` (which divides `grain`)
+        and S alone. Each block comes once, -1 is none; a block may be wholly hidden or
+        lie past S. None: the mask does not say, so any key may be seen.
+        """
+        return None
 
     def layout(self, heads: int | None = None) -> tuple["Mask", ...]:
         """One head-independent mask per head, or a single one where all agree."""
@@ -200,6 +215,19 @@ def _union(lo: np.ndarray, hi: np.ndarray, S: int) -> tuple[np.ndarray, np.ndarr
     return _pack(lo, hi, S)
 
 
+def _library(*arrays):
+    """jax.numpy where one of the arrays is traced or of jax, else NumPy."""
+    return jnp if any(isinstance(x, jax.Array) for x in arrays) else np
+
+
+def _span(first, last, size: int, block: int):
+    """Blocks from that of key `first` to that of key `last`, `size` keys at most."""
+    xp = _library(first)
+    start = xp.maximum(first, 0)[..., None] // block
+    seen = start + np.arange((size + block - 2) // block + 1)
+    return xp.where(seen <= last[..., None] // block, seen, -1)
+
+
 def _chunks(mask: Mask, T: int, S: int, offset: int, unit: int = 1) -> Iterator:
     """Row positions in pieces that keep the interval arrays small."""
     columns = mask.intervals(np.array([offset + T - 1]), S)[0].shape[1]
@@ -258,6 +286,14 @@ class _Pair(Mask):
     def varies(self) -> bool:
         return self.left.varies or self.right.varies
 
+    @property
+    def grain(self) -> int:
+        return math.gcd(self.left.grain, self.right.grain)
+
+    def _both_seen(self, i, block, S) -> list:
+        parts = (m.seen_blocks(i, block, S) for m in (self.left, self.right))
+        return [seen for seen in parts if seen is not None]
+
     def at_head(self, head: int, heads: int) -> Mask:
         if not self.varies:
             return self
@@ -280,6 +316,10 @@ class And(_Pair):
         hi = np.minimum(hi[:, :, None], high[:, None, :])
         return _pack(lo.reshape(len(rows), -1), hi.reshape(len(rows), -1), S)
 
+    def seen_blocks(self, i, block, S):
+        parts = self._both_seen(i, block, S)
+        return min(parts, key=lambda seen: seen.shape[-1], default=None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Or(_Pair):
@@ -292,6 +332,14 @@ class Or(_Pair):
         lo, hi = self.left.intervals(rows, S)
         low, high = self.right.intervals(rows, S)
         return _union(np.concatenate([lo, low], 1), np.concatenate([hi, high], 1), S)
+
+    def seen_blocks(self, i, block, S):
+        parts = self._both_seen(i, block, S)
+        if len(parts) < 2:
+            return None
+        xp, (seen, more) = _library(i), parts
+        twice = (more[..., :, None] == seen[..., None, :]).any(-1)
+        return xp.concatenate([seen, xp.where(twice, -1, more)], -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,6 +398,9 @@ class Window(Mask):
     def intervals(self, rows, S):
         return _single(rows - self.size + 1, rows + 1, rows, S)
 
+    def seen_blocks(self, i, block, S):
+        return _span(i - self.size + 1, i, self.size, block)
+
 
 @dataclasses.dataclass(frozen=True)
 class First(Mask):
@@ -362,6 +413,10 @@ class First(Mask):
 
     def intervals(self, rows, S):
         return _single(0, self.size, rows, S)
+
+    def seen_blocks(self, i, block, S):
+        count = -(-min(self.size, S) // block)
+        return _library(i).broadcast_to(np.arange(count), (*i.shape, count))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,6 +432,10 @@ class Chunk(Mask):
     def intervals(self, rows, S):
         start = (rows + self.shift) // self.size * self.size - self.shift
         return _single(start, start + self.size, rows, S)
+
+    def seen_blocks(self, i, block, S):
+        start = (i + self.shift) // self.size * self.size - self.shift
+        return _span(start, start + self.size - 1, self.size, block)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -422,6 +481,25 @@ class Strided(Mask):
         hi = np.concatenate([far + self.block, ((qb + 1) * self.block)[:, None]], 1)
         return _union(lo, hi, S)
 
+    @property
+    def grain(self) -> int:
+        return self.block
+
+    def seen_blocks(self, i, block, S):
+        if self.block % block:
+            raise ValueError(
+                f"block={block}: must divide the {self.block} keys of a block of the "
+                "mask; use its grain"
+            )
+        xp, parts = _library(i), self.block // block
+        own = i[..., None] // self.block
+        near = own - np.arange(self.local)
+        far = np.arange(-self.phase % self.stride, -(-S // self.block), self.stride)
+        far = xp.where(far <= own - self.local, far, -1)
+        seen = xp.concatenate([near, far], -1)[..., None]
+        seen = xp.where(seen < 0, -1, seen * parts + np.arange(parts))
+        return seen.reshape(*i.shape, -1)
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockSparse(Mask):
@@ -447,11 +525,18 @@ class BlockSparse(Mask):
         phase = head * self.kv_heads // heads * step + self.offset
         return Strided(self.block, self.local, self.stride, phase % self.stride)
 
+    @property
+    def grain(self) -> int:
+        return self.block
+
     def visible(self, i, j):
         return self.at_head(0, 1).visible(i, j)
 
     def intervals(self, rows, S):
         return self.at_head(0, 1).intervals(rows, S)
+
+    def seen_blocks(self, i, block, S):
+        return self.at_head(0, 1).seen_blocks(i, block, S)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -465,7 +550,7 @@ class Segments(Mask):
 
     def visible(self, i, j):
         ends = self._edges()[1:].astype(np.int32)
-        xp = jnp if isinstance(i, jax.Array) or isinstance(j, jax.Array) else np
+        xp = _library(i, j)
         own = xp.searchsorted(ends, i, side="right")
         return (own == xp.searchsorted(ends, j, side="right")) & (i < int(ends[-1]))
 
@@ -493,8 +578,7 @@ class Blocks(Mask):
 
     def visible(self, i, j):
         table = self._table()
-        traced = isinstance(i, jax.Array) or isinstance(j, jax.Array)
-        xp = jnp if traced else np
+        xp = _library(i, j)
         rows = xp.minimum(i // self.block, table.shape[0] - 1)
         columns = xp.minimum(j // self.block, table.shape[1] - 1)
         return xp.asarray(table)[rows, columns]
@@ -527,7 +611,7 @@ class Laid(Mask):
 
     def _place(self, x, starts):
         """Where in the text index `x` is."""
-        xp = jnp if isinstance(x, jax.Array) else np
+        xp = _library(x)
         shift = starts[0]
         for n, start in enumerate(starts[1:], 1):
             shift = xp.where(x >= n * self.size, start - n * self.size, shift)
@@ -607,7 +691,8 @@ def block_sparse(
     Blocks after the query's are hidden; `h` is the kv head and
     step = max(1, stride // kv_heads), so kv heads see different stripes, whose place
     does not move with the query (LongGen, arXiv 2410.01485; S2-Attention,
-    arXiv 2407.17678). Combine with `causal()`.
+    arXiv 2407.17678). Combine with `causal()`. A key that is on no stripe of its kv
+    head is hidden from all queries once it is `local` blocks back.
     """
     _require("block", block, 1, "give the number of positions per block")
     _require("local", local, 1, "the query's own block is always kept")

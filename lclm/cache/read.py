@@ -8,7 +8,7 @@ from jax import lax
 from lclm.cache import write
 from lclm.cache.base import KV, Cache, Evidence, Heads, Layer, Needs
 from lclm.cache.step import Step
-from lclm.ops.masked import masked_attention
+from lclm.ops.masked import masked_attention, step_attention
 from lclm.ops.precision import wide
 from lclm.typing import Array
 from pallas_kernels import mask as masks
@@ -84,13 +84,18 @@ def over_slots(
 
 
 def under_mask(q: Array, kv: KV, step: Step, layer: Layer) -> tuple[Array, Array]:
-    """(out, lse) over the slots that the layer's static pattern shows."""
-    return masked_attention(
+    """(out, lse) over the slots that the layer's static pattern shows.
+
+    One token reads those alone, if the cache keeps everything: also what no later
+    query sees, because a stripe of one kv head is in no other's.
+    """
+    attend = step_attention if q.shape[1] == 1 else masked_attention
+    return attend(
         q,
         kv.k,
         kv.v,
         step.positions,
-        kv.pos[:, 0],
+        kv.pos,
         mask=layer.mask,
         scale=layer.spec.scale,
         softcap=layer.spec.softcap,

@@ -1,5 +1,8 @@
 """Laws of the mask algebra, against a brute-force oracle written pair by pair."""
 
+import functools
+
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -155,6 +158,38 @@ def test_kv_bytes_count_each_key_once_per_query_block(expression, shape, block_q
 
 
 @SETTINGS
+@given(expressions, shapes, st.integers(1, 4))
+def test_blocks_seen_by_a_query_hold_all_it_sees_and_come_once(expression, shape, cut):
+    mask, oracle = expression
+    T, S, offset = shape
+    dense = _dense(oracle, T, S, offset)
+    rows = offset + np.arange(T)
+    for h, one in enumerate(mask.layout(HEADS)):
+        block = one.grain // (1 if one.grain % cut else cut) or cut
+        ask = functools.partial(one.seen_blocks, block=block, S=S)
+        seen = ask(rows)
+        if seen is None:
+            continue
+        traced = jax.eval_shape(
+            functools.partial(one.seen_blocks, block=block, S=S), rows
+        )
+        assert traced.shape == seen.shape
+        for row, blocks in zip(dense[h], seen, strict=True):
+            listed = blocks[blocks >= 0]
+            assert len(set(listed)) == len(listed)
+            assert set(np.flatnonzero(row) // block) <= set(listed)
+
+
+def test_a_decoding_step_of_longgen_sees_few_blocks_and_none_in_vain():
+    n, mask = 1 << 17, (M.causal() & M.block_sparse(64, 16, 128)).at_head(0, 1)
+    for i in (0, 5000, n - 1):
+        blocks = mask.seen_blocks(np.array([i]), 64, n)[0]
+        assert blocks.shape == (16 + n // 64 // 128,)
+        row = mask.array(1, n, offset=i)[0, 0]
+        assert set(blocks[blocks >= 0]) == set(np.flatnonzero(row) // 64)
+
+
+@SETTINGS
 @given(expressions)
 def test_masks_are_hashable_values(expression):
     mask, _ = expression
@@ -209,6 +244,7 @@ def test_heterogeneous_stripes_cover_every_block():
         (lambda: M.causal().array(0, 4), "T=0"),
         (lambda: M.causal().pairs(4, 4, offset=-1), "offset=-1"),
         (lambda: M.causal().summary(4, 4, 0, 4), "block_q=0"),
+        (lambda: M.block_sparse(6, 1, 2).seen_blocks(np.arange(3), 4, 9), "block=4"),
     ],
 )
 def test_bad_arguments_name_value_limit_and_remedy(build, value):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lclm import cache as policies
+from lclm.attention import patterns
 from lclm.blocks.attention import layer_mask
 from lclm.blocks.layer import init_states
 from lclm.cache.base import measured_bytes
@@ -19,7 +20,8 @@ from lclm.language_model import LanguageModel
 from lclm.models.decoder import Decoder, init_params
 from lclm.models.hybrid_presets import infini, infini_params, longgen
 from lclm.models.presets import preset
-from lclm.ops.masked import masked_attention
+from lclm.ops import masked
+from lclm.ops.masked import masked_attention, step_attention
 from pallas_kernels.attention.reference import attend
 from pallas_kernels.attention.spec import Spec
 from tests.tiny import dense_nll, lively, tiny_config, tokens
@@ -103,6 +105,43 @@ def test_evaluating_a_mask_on_positions_gives_attention_under_it(change):
     slope = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)
     for got, want in zip(slope(q, k, v, ours), slope(q, k, v, oracle), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+BANDS = {
+    "stripes": patterns.block_sparse(4, 2, 3, kv_heads=2),
+    "sinks": patterns.sink_window(3, 6),
+    "chunks": patterns.chunk(8),
+    "both": patterns.chunk(4) | patterns.sink_window(2, 3),
+}
+
+
+@pytest.mark.parametrize("slots", [40, 27])
+@pytest.mark.parametrize("name", BANDS)
+def test_a_decoding_step_over_seen_blocks_equals_the_row_of_the_mask(
+    name, slots, monkeypatch
+):
+    """Rows of every fill, one of them reading padding; the rest is never touched."""
+    monkeypatch.setattr(masked, "BLOCK", 2)
+    mask, rng = BANDS[name], np.random.default_rng(0)
+    start = np.array([0, 1, 5, 12, 23, slots - 1, slots, slots])
+    at, cells = np.where(np.arange(8) == 7, -1, start)[:, None], np.arange(slots)
+    pos = np.where(cells < start[:, None], cells, -1)[:, None]
+    q, k, v = (
+        jnp.asarray(rng.normal(size=size), jnp.float32)
+        for size in ((8, 1, 4, 8), (8, 2, slots, 8), (8, 2, slots, 8))
+    )
+    args = jnp.asarray(at), jnp.asarray(pos)
+    want = masked_attention(q, k, v, *args, mask=mask)
+    rows = [mask.array(1, slots, 4, offset=p)[:, 0] for p in start]
+    dark = ~np.broadcast_to(np.stack(rows), (8, 4, slots))[:, ::2]  # of kv heads
+    dark[7], dark[..., 0] = True, False  # the first slot stands in for hidden ones
+    holes = (jnp.where(dark[..., None], jnp.nan, x) for x in (k, v))
+    step = jax.jit(functools.partial(step_attention, mask=mask))
+    moved = (jnp.roll(x, 3, 2) for x in (k, v))  # slots that are not positions
+    for values, places in ((holes, args[1]), (moved, jnp.roll(args[1], 3, 2))):
+        out, lse = step(q, *values, args[0], places)
+        np.testing.assert_allclose(out, want[0], atol=2e-6)
+        np.testing.assert_allclose(lse, want[1], atol=2e-6)
 
 
 def test_a_sink_and_window_layer_stores_no_more_than_it_sees():
