@@ -67,6 +67,8 @@ HF = Table(
         "jamba": Entry("lclm.hub.hf_jamba:JAMBA", "attention, Mamba and experts"),
         "megalodon": Entry("lclm.hub.hf_megalodon:FAMILY", "complex EMA, chunks"),
         "mixtral": Entry("lclm.hub.hf_jamba:MIXTRAL", "attention and experts"),
+        "longgen": Entry("lclm.hub.hf_hybrid:FAMILY", "sparse layers around full ones"),
+        "infini": Entry("lclm.hub.hf_hybrid:FAMILY", "a memory beside attention"),
     },
 )
 GGUF = Table(
