@@ -33,6 +33,10 @@ POLICIES = Table(
             "lclm.cache.scores:PyramidKV",
             "SnapKV with budgets that fall with depth (2406.02069)",
         ),
+        "expected_attention": Entry(
+            "lclm.cache.expected:ExpectedAttention",
+            "most attention of queries still to come (2510.00636)",
+        ),
         "knorm": Entry("lclm.cache.scores:Knorm", "small keys stay (2406.11430)"),
         "keydiff": Entry("lclm.cache.scores:KeyDiff", "unusual keys stay (2504.15364)"),
     },

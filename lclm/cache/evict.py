@@ -123,9 +123,9 @@ class Evicting(Absolute):
 
     def rate(
         self, kv: KV, score: Array, notes: dict[str, Array], layer: Layer
-    ) -> Array:
-        """Scores float32 [B, K, S] of slots, when several have to go."""
-        return score
+    ) -> tuple[Array, dict[str, Array]]:
+        """Scores float32 [B, K, S] of slots when several have to go; row notes."""
+        return score, notes
 
     def attend(
         self,
@@ -161,7 +161,8 @@ class Evicting(Absolute):
             score = replace_by_head(old, fresh, slot, step.valid[:, 0])
             return Cache((kv,), {"score": score, **notes})
         slots, both = kv.k.shape[2], write.joined(kv, new)
-        score = self.rate(both, jnp.concatenate([old, fresh], 2), notes, layer)
+        score = jnp.concatenate([old, fresh], 2)
+        score, notes = self.rate(both, score, notes, layer)
         kv, score = self._best(both, score, last, slots, layer)
         return Cache((kv,), {"score": score, **notes})
 
@@ -170,7 +171,7 @@ class Evicting(Absolute):
         if self._foreign(layer):
             return cache
         (kv,), notes = cache.groups, dict(cache.extra)
-        score = self.rate(kv, notes.pop("score"), notes, layer)
+        score, notes = self.rate(kv, notes.pop("score"), notes, layer)
         count = jnp.sum(kv.pos[:, 0] >= 0, -1, dtype=jnp.int32)
         slots = min(self.share(layer, read), read)
         kv, score = self._best(kv, score, count - 1, slots, layer)

@@ -107,7 +107,7 @@ class SnapKV(Evicting):
         mass = jnp.where(kv.pos > last - self.protected_recent, 0.0, mass)
         order = jnp.argsort(kv.pos, -1)
         pooled = self._pooled(jnp.take_along_axis(mass, order, 2))
-        return jnp.take_along_axis(pooled, jnp.argsort(order, -1), 2)
+        return jnp.take_along_axis(pooled, jnp.argsort(order, -1), 2), notes
 
     def _pooled(self, mass: Array) -> Array:
         size = (1, 1, self.kernel)
@@ -161,7 +161,7 @@ class KeyDiff(Evicting):
         return cache.extra["score"], _unlike(unit, total), {"sum": total}
 
     def rate(self, kv, score, notes, layer):
-        return _unlike(_unit(kv.k), notes["sum"])
+        return _unlike(_unit(kv.k), notes["sum"]), notes
 
 
 def _unit(k: Array) -> Array:

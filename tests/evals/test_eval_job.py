@@ -9,12 +9,16 @@ import pytest
 from eval_doubles import Scripted
 from rich.console import Console
 
+from lclm.cli.config_file import read_config
 from lclm.cli.job import read_job, to_job
 from lclm.cli.main import main
 from lclm.cli.run import machine, run
 from lclm.errors import LclmError
+from lclm.train.config import train_config
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*/*.py"))
 EVALS = [p for p in CONFIGS if "eval=" in p.read_text()]
 
 CONFIG = """
@@ -250,6 +254,21 @@ def test_every_config_is_a_job_and_opens_with_its_command(path):
     assert "Expected:" in opening
     imports = re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.M)
     assert imports == ["ml_collections"]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_experiment_can_be_run_and_opens_with_its_command(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shown = path.relative_to(ROOT)
+    text = path.read_text()
+    command = "run" if "eval=" in text else "train"
+    if command == "run":
+        read_job(str(path))
+    else:
+        train_config(read_config(str(path)))
+    assert f"lclm {command} --config={shown}" in text.split('"""')[1]
+    assert re.findall(r"^(?:import|from) (\w+)", text, re.M) == ["ml_collections"]
+    assert (path.parent / "README.md").is_file()
 
 
 def test_the_machine_is_described_in_words():

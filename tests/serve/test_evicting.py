@@ -10,6 +10,7 @@ import pytest
 
 from lclm.cache import make
 from lclm.cache.base import Heads, Layer, layers_of
+from lclm.cache.expected import ExpectedAttention
 from lclm.cache.scores import H2O, TOVA, KeyDiff, Knorm, PyramidKV, SnapKV
 from lclm.cache.step import make_step
 from lclm.config import AttentionSpec, RopeSpec
@@ -166,6 +167,26 @@ def test_knorm_and_keydiff_rate_keys_alone():
         cut = held(policy.settle(cache, Layer(0, SPEC), LENGTH))
         for k, kept in cut.items():
             assert kept == top(wanted[k], range(2, 27), 4) | {0, 1, 27, 28, 29}
+
+
+def test_expected_attention_is_that_of_normal_queries_at_the_positions_ahead():
+    policy = ExpectedAttention(budget=9, sinks=2, recent=3, ahead=6, at="end")
+    _, cache = read(policy, LENGTH)
+    (kv,), notes = cache.groups, dict(cache.extra)
+    score, _ = policy.rate(kv, notes.pop("score"), notes, Layer(0, SPEC))
+    q, v = np.asarray(heads().q[0, 2:]), np.asarray(heads().v[0])
+    wanted = np.zeros((2, 2, LENGTH))
+    turns = [angles(jnp.full((1, 8), p), SPEC.rope, 8) for p in range(30, 36)]
+    basis = jnp.eye(8)[None, :, None]
+    R = np.mean([rotate(basis, *t)[0, :, 0] for t in turns], 0)  # rows: turned basis
+    for n in range(4):
+        mean, cov = q[:, n].mean(0), np.cov(q[:, n].T, bias=True)
+        k = np.asarray(kv.k[0, n // 2]) * 8**-0.5
+        square = np.einsum("si,ij,sj->s", k, R.T @ cov @ R, k)
+        wanted[n // 2, n % 2] = np.exp(k @ (mean @ R) + square / 2)
+    wanted = (wanted / wanted.sum(-1, keepdims=True)).mean(1)
+    wanted *= np.linalg.norm(v, axis=-1).T
+    np.testing.assert_allclose(score[0], wanted, rtol=1e-3)
 
 
 def test_pyramidkv_falls_with_depth_and_spends_the_same_tokens():
