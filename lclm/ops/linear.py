@@ -55,7 +55,7 @@ def linear(
     elif weight.dtype.itemsize >= 4:
         y = _product(x, weight)
     else:
-        y = lax.platform_dependent(x, weight, cpu=_narrow_cpu, default=_product)
+        y = lax.platform_dependent(x, weight, cpu=_narrow_cpu, default=_narrow)
     y = _settled(y)
     if bias is not None:
         y = y + bias.astype(y.dtype)
@@ -85,6 +85,20 @@ def _product(x: Array, weight: Array) -> Array:
     axes = (((x.ndim - 1,), (1,)), ((), ()))
     y = lax.dot_general(
         x.astype(weight.dtype), weight, axes, preferred_element_type=wide_dtype(weight)
+    )
+    return y.astype(x.dtype)
+
+
+def _narrow(x: Array, weight: Array) -> Array:
+    """16-bit weights on an accelerator, which sums in float32 whatever it returns.
+
+    The result is no wider than it must be, as cotangents have its type: with a float32
+    one both products of the backward pass would take float32 operands.
+    """
+    axes = (((x.ndim - 1,), (1,)), ((), ()))
+    kept = jnp.promote_types(x.dtype, weight.dtype)
+    y = lax.dot_general(
+        x.astype(weight.dtype), weight, axes, preferred_element_type=kept
     )
     return y.astype(x.dtype)
 
