@@ -10,7 +10,13 @@ import ml_collections
 
 
 def get_config(
-    size="full", model="tiny-bytes", data="", tokenizer="bytes", length=0, steps=0
+    size="full",
+    model="tiny-bytes",
+    data="",
+    tokenizer="bytes",
+    length=0,
+    steps=0,
+    remat="none",
 ):
     """`tokenizer` is bytes, model, or a folder with a tokenizer.json."""
     small = size == "cpu"
@@ -23,6 +29,7 @@ def get_config(
     config.steps = steps or (50 if small else 10000)
     config.batch = 4 if small else 64
     config.compute = "float32" if small else "bfloat16"
+    config.remat = dict(kind=remat)
     config.optimizer = dict(
         lr=3e-3 if small else 6e-4, warmup=max(config.steps // 100, 1), floor=0.1
     )

@@ -1,4 +1,4 @@
-"""Which implementation of attention runs.
+"""Which implementation of attention runs, and on what platform.
 
 `supports` fails closed: an implementation that does not know it can do a call
 refuses it. With `implementation=None` the first that accepts runs; one asked for by
@@ -7,7 +7,8 @@ name that refuses is an error with the reason.
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,24 @@ def select(call: Call, implementation: str | None) -> Callable:
     )
 
 
+# The platform that programs are lowered for, part of the key of JAX's trace caches.
+_TARGET = jax.make_user_context(None)
+PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu"}
+
+
 def platform() -> str:
-    """The platform that a call traced now will run on."""
-    return jax.default_backend()
+    """The platform that a call traced now will run on: cpu, gpu or tpu."""
+    return _TARGET.value or jax.default_backend()
+
+
+@contextmanager
+def target(name: str) -> Iterator[None]:
+    """Calls traced inside run on a platform that may not be here.
+
+    What a form is chosen by (`platform`) answers it, and JAX's caches take nothing that
+    was traced for another. Raises ValueError for a platform that is not known.
+    """
+    if name not in PLATFORMS:
+        raise ValueError(f"platform {name!r}: known are {sorted(PLATFORMS)}")
+    with _TARGET(PLATFORMS[name]):
+        yield

@@ -33,7 +33,10 @@ def main(argv: Sequence[str]) -> None:
         "--config", metavar="FILE.py[:KEY=VALUE,...]", help="a training run"
     )
     parser.add_argument(
-        "--topology", help="compile its step for these devices: v5e:16x16"
+        "--topology", help="compile its step for these devices: v5e:16x16, h200:8"
+    )
+    parser.add_argument(
+        "--mesh", metavar="AXIS=SIZE,...", help="in place of the config's: fsdp=8"
     )
     args = parser.parse_args(argv)
     if (args.config is None) != (args.topology is None):
@@ -41,7 +44,9 @@ def main(argv: Sequence[str]) -> None:
     if args.config is not None:
         from lclm.cli.pod import plan_run
 
-        return plan_run(args.config, args.topology)
+        return plan_run(args.config, args.topology, mesh=args.mesh)
+    if args.mesh is not None:
+        parser.error("--mesh is that of a --config")
     if (args.source is None) == (args.model is None):
         parser.error("name one model: `lclm plan jamba-v0.1`")
 

@@ -1,7 +1,9 @@
 """`lclm plan --config=FILE --topology=v5e:16x16`: a train step compiled in advance."""
 
+import ast
 import os
 import time
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -9,9 +11,24 @@ from rich.table import Table
 from lclm.cli.config_file import read_config
 from lclm.errors import LclmError
 
+if TYPE_CHECKING:
+    from lclm.train.ahead import Ahead
+    from lclm.train.config import Mesh, TrainConfig
 
-def plan_run(config: str, topology: str, console: Console | None = None) -> None:
-    """Compile the train step of a config for a slice that is not here, and print it.
+REST = "fsdp=-1"  # how many devices share a run that does not say it
+
+
+def plan_run(
+    config: str,
+    topology: str,
+    *,
+    mesh: str | None = None,
+    console: Console | None = None,
+) -> None:
+    """Compile the train step of a config for devices that are not here, and print it.
+
+    `mesh` (`fsdp=4,context_ring=4`) stands in for that of the config, which several
+    devices share as `fsdp=-1` where neither says it.
 
     Raises:
       LclmError: the config, the topology or the mesh is at fault, or one device's
@@ -22,30 +39,23 @@ def plan_run(config: str, topology: str, console: Console | None = None) -> None
     from lclm.models.presets import PRESETS, preset
     from lclm.serve.memory import format_bytes
     from lclm.train import ahead
-    from lclm.train.config import train_config
+    from lclm.train.config import replace, train_config
 
     console = console or Console()
     run = train_config(read_config(config))
     source = run.model.source
     model = preset(source) if source in PRESETS else hub.describe(source)
     chip, devices = ahead.topology(topology)
+    if mesh is None and run.mesh is None and len(devices) > 1:
+        mesh = REST
+        console.print(f"the config has no mesh; planned as mesh=dict({REST})")
+    if mesh is not None:
+        run = replace(run, mesh=read_mesh(mesh))
     began = time.perf_counter()
     with console.status(f"compiling for {len(devices)} devices"):
         found = ahead.compile_step(run, model, chip, devices)
-    title = (
-        f"{run.name}: {run.batch:,} x {run.length:,} tokens a step on {topology} "
-        f"({len(devices)} devices), compiled in {time.perf_counter() - began:.0f} s"
-    )
-    table = Table("a device", "", title=title, title_justify="left")
-    table.add_row("state and batch", format_bytes(found.held))
-    table.add_row("temporaries", format_bytes(found.temporary))
-    table.add_row("memory", format_bytes(int(chip.memory)))
-    table.add_row("FLOPs a step", f"{found.flops:.3e}")
-    for kind, (times, size) in found.collectives.items():
-        table.add_row(f"{kind} x {times:,}", format_bytes(size))
-    for name, seconds in found.seconds().items():
-        table.add_row(f"least time, {name}", f"{seconds * 1e3:,.1f} ms")
-    console.print(table)
+    seconds = time.perf_counter() - began
+    console.print(_table(run, topology, found, seconds))
     least = max(found.seconds().values())
     rate = run.batch * run.length / least
     console.print(
@@ -55,6 +65,43 @@ def plan_run(config: str, topology: str, console: Console | None = None) -> None
     if not found.fits:
         raise LclmError(
             f"one device needs {format_bytes(found.held + found.temporary)} and has "
-            f"{format_bytes(int(chip.memory))}: split over more devices (mesh), set "
-            "remat=dict(kind='full'), or take fewer or shorter rows"
+            f"{format_bytes(chip.memory)}. {ahead.SMALLER}"
         )
+
+
+def read_mesh(text: str) -> "Mesh":
+    """`fsdp=4,context_ring=4` as a mesh. Raises LclmError for what it does not know."""
+    from lclm.config import from_dict
+    from lclm.train.config import Mesh
+
+    sizes: dict[str, Any] = {}
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise LclmError(f"mesh {text!r}: {part!r} is not AXIS=SIZE, as in fsdp=8")
+        try:
+            sizes[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            sizes[key] = value
+    return from_dict(Mesh, sizes)
+
+
+def _table(run: "TrainConfig", topology: str, found: "Ahead", seconds: float) -> Table:
+    from lclm.serve.memory import format_bytes
+
+    title = (
+        f"{run.name}: {run.batch:,} x {run.length:,} tokens a step on {topology} "
+        f"({found.devices} devices), compiled in {seconds:.0f} s"
+    )
+    table = Table("a device", "", title=title, title_justify="left")
+    table.add_row("state and batch", format_bytes(found.held))
+    table.add_row("temporaries", format_bytes(found.temporary))
+    table.add_row("memory", format_bytes(found.chip.memory))
+    if found.host:
+        table.add_row("offloaded to the host", format_bytes(found.host))
+    table.add_row("FLOPs a step", f"{found.flops:.3e}")
+    for kind, (times, size) in found.collectives.items():
+        table.add_row(f"{kind} x {times:,}", format_bytes(size))
+    for name, least in found.seconds().items():
+        table.add_row(f"least time, {name}", f"{least * 1e3:,.1f} ms")
+    return table

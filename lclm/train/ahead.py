@@ -2,20 +2,24 @@
 
 import os
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from lclm.config import ModelConfig
 from lclm.errors import LclmError, unknown
 from lclm.models.decoder import param_shapes as _shapes
 from lclm.train.collectives import collectives
 from lclm.train.config import TrainConfig
-from lclm.train.metrics import step_flops
+from lclm.train.layout import BATCH
+from lclm.train.metrics import mean_step
 from lclm.train.state import start
-from lclm.train.step import make_step
+from lclm.train.step import Step, make_step
 from lclm.tree import nest
+from pallas_kernels import dispatch
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,27 @@ class Chip:
     link: float
 
 
-# Vendors' data sheets.
+# Vendors' data sheets. NVLink: 900e9 in and out together, so half of it out.
 CHIPS = {
     "v5e": Chip("tpu", 16 * 2**30, 197e12, 819e9, 200e9),
     "v5p": Chip("tpu", 95 * 2**30, 459e12, 2765e9, 600e9),
     "v6e": Chip("tpu", 32 * 2**30, 918e12, 1640e9, 448e9),
+    "h200": Chip("cuda", 150_754_820_096, 989e12, 4.8e12, 450e9),
+}
+NODE = 8  # H200 that one NVLink switch joins
+SHAPES = {
+    "tpu": "give the shape of a slice, for instance v5e:4x4, v5p:2x2x4, or v5e:1",
+    "cuda": f"give h200 for one, h200:8 for a node (at most {NODE}), h200:2x8 for two",
+}
+SMALLER = (
+    "Split it over more devices (mesh), set remat=dict(kind='attention'), or take "
+    "fewer or shorter rows"
+)
+# What compiles for a platform that is not here; no device is needed.
+COMPILERS = {
+    "tpu": "libtpu",
+    "cuda": "jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm "
+    "nvidia-cuda-runtime nvidia-nvjitlink nvidia-cublas nvidia-cudnn-cu13",
 }
 
 
@@ -45,7 +65,8 @@ class Ahead:
     """One step of a run on `devices` of a chip; bytes and FLOPs of one device.
 
     `held` are arguments (state, batch), `temporary` what the step needs beside them,
-    `traffic` the bytes of both, read once and written once.
+    `traffic` the bytes of both, read once and written once, `host` those offloaded to
+    the host's memory.
     """
 
     chip: Chip
@@ -55,6 +76,7 @@ class Ahead:
     flops: float
     traffic: float
     collectives: dict[str, tuple[int, int]]
+    host: int = 0
 
     @property
     def fits(self) -> bool:
@@ -74,32 +96,53 @@ class Ahead:
 def topology(text: str) -> tuple[Chip, list[Any]]:
     """The chip and the devices of `v5e:16x16` (kind and shape of a slice).
 
-    Raises LclmError for a kind or shape that is not known, or where the compiler for
-    it is not installed.
+    `h200:8` is a node of 8, `h200:2x8` two of them. The kind alone, and a shape of 1,
+    is one device. Raises LclmError for a kind or shape that is not known, or where the
+    compiler for it is not installed.
     """
-    name = text.partition(":")[0]
+    name, _, shape = text.partition(":")
     if name not in CHIPS:
         raise unknown("kind of accelerator", name, CHIPS)
+    chip = CHIPS[name]
+    options = _nodes(text, shape) if chip.platform == "cuda" else _slice(name, shape)
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(platform=chip.platform, **options)
+    except Exception as error:  # the plugins raise what they like
+        missing = any(s in str(error) for s in ("not installed", "not implemented"))
+        remedy = (
+            f"the compiler for {name} is not installed: `pip install "
+            f"{COMPILERS[chip.platform]}` into this environment (the device itself is "
+            "not needed)"
+            if missing
+            else SHAPES[chip.platform]
+        )
+        raise LclmError(f"topology {text!r}: {remedy} ({error})") from error
+    devices = list(found.devices)
+    return chip, devices[:1] if shape in ("", "1") else devices
+
+
+def _nodes(text: str, shape: str) -> dict[str, str]:
+    """Nodes x devices of each, as XLA's GPU compiler is told."""
+    sizes = [int(n) if n.isdecimal() else 0 for n in (shape or "1").split("x")]
+    if len(sizes) > 2 or min(sizes) < 1 or sizes[-1] > NODE:
+        raise LclmError(f"topology {text!r}: {SHAPES['cuda']}")
+    described = resources.files("lclm.train").joinpath("h200.txtpb").read_text()
+    whole = "x".join(map(str, [1] * (3 - len(sizes)) + sizes))
+    return {"target_config": described, "topology": whole}
+
+
+def _slice(name: str, shape: str) -> dict[str, str]:
+    """A TPU slice; one device is the first of the smallest slice."""
     for key, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("TPU_WORKER_HOSTNAMES", "localhost"),
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
     ):
         os.environ.setdefault(key, value)
-    from jax.experimental import topologies
-
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=text)
-    except Exception as error:  # the plugin raises what it likes
-        missing = "libtpu" in str(error) or "not found" in str(error)
-        remedy = (
-            "the TPU compiler is not installed: `pip install libtpu` into this "
-            "environment (no TPU is needed)"
-            if missing
-            else "give the shape of a slice, for instance v5e:4x4 or v5p:4x4x4"
-        )
-        raise LclmError(f"topology {text!r}: {remedy} ({error})") from error
-    return CHIPS[name], list(found.devices)
+    smallest = "2x2x1" if name == "v5p" else "2x2"
+    return {"topology_name": f"{name}:{smallest if shape in ('', '1') else shape}"}
 
 
 def compile_step(
@@ -107,38 +150,72 @@ def compile_step(
 ) -> Ahead:
     """Compile the whole train step of a run for these devices; nothing is allocated.
 
-    Raises LclmError as a run would before its first step, and where the mesh does not
-    take all devices.
+    Raises LclmError as a run would before its first step, where the mesh does not take
+    all devices, and where the compiler finds no way into one device's memory.
     """
-    step = make_step(run, config, devices)
-    layout, trained = step.layout, step.trunk.config
-    if layout is None:
-        raise LclmError("the run has no mesh: set mesh=dict(fsdp=-1), for instance")
-    flat = {p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in _shapes(config).items()}
-    state, frozen = jax.eval_shape(
-        lambda tree: start(run, trained, tree, step.objective, step.tx), nest(flat)
-    )
-    where = layout.shardings(state)
-    program = (
-        jax.jit(step.__call__, donate_argnums=0, out_shardings=(where, None))
-        .lower(
-            _laid(state, where),
-            _laid(frozen, layout.shardings(frozen)),
-            layout.batch_shapes(run.batch, run.length),
+    if run.mesh is None and len(devices) > 1:
+        raise LclmError(
+            f"{len(devices)} devices and a run without mesh: say how they share it, "
+            "mesh=dict(fsdp=-1) for instance"
         )
-        .compile()
-    )
+    with dispatch.target(chip.platform):
+        step = make_step(run, config, devices)
+        lowered = trace_step(step, config, devices[0]).lower()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise LclmError(
+            f"the step does not fit the memory of one device: {_first_line(error)}. "
+            f"{SMALLER}"
+        ) from error
     memory = program.memory_analysis()
-    flops = step_flops(trained, run.batch, run.length) / len(devices)
+    held = memory.argument_size_in_bytes
+    made = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+    temporary = memory.temp_size_in_bytes + made
+    _, flops = mean_step(step.trunk.config, run)
     return Ahead(
         chip,
         len(devices),
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        flops,
-        2.0 * (memory.argument_size_in_bytes + memory.temp_size_in_bytes),
+        held,
+        temporary,
+        flops / len(devices),
+        2.0 * (held + temporary),
         collectives(program.as_text()),
+        memory.host_temp_size_in_bytes,
     )
+
+
+def trace_step(step: Step, config: ModelConfig, device: Any) -> jax.stages.Traced:
+    """The step traced for the devices of its mesh, or for `device` where it has none.
+
+    `config` is the model before the run changes it.
+    """
+    run, layout = step.run, step.layout
+    flat = {p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in _shapes(config).items()}
+    trained = step.trunk.config
+    state, frozen = jax.eval_shape(
+        lambda tree: start(run, trained, tree, step.objective, step.tx), nest(flat)
+    )
+    if layout is None:
+        alone = SingleDeviceSharding(device)
+        where, rest = (jax.tree.map(lambda _: alone, x) for x in (state, frozen))
+        shape = run.batch, run.length
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=alone)
+            for name, dtype in BATCH.items()
+        }
+    else:
+        where, rest = layout.shardings(state), layout.shardings(frozen)
+        batch = layout.batch_shapes(run.batch, run.length)
+    return jax.jit(step.__call__, donate_argnums=0, out_shardings=(where, None)).trace(
+        _laid(state, where), _laid(frozen, rest), batch
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].partition(". HLO module")[0]
 
 
 def _laid(shapes: Any, where: Any) -> Any:

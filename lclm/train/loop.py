@@ -15,7 +15,7 @@ from lclm.errors import LclmError
 from lclm.train.checkpoint import Store, fingerprint, state_bytes
 from lclm.train.config import TrainConfig
 from lclm.train.holdout import Holdout
-from lclm.train.metrics import CONVENTION, peak_flops, step_flops
+from lclm.train.metrics import CONVENTION, mean_step, peak_flops
 from lclm.train.optim import make_schedule
 from lclm.train.profile import Profile
 from lclm.train.records import Records, Unrecorded
@@ -60,7 +60,7 @@ class Trainer:
         self.step = jax.jit(
             self.stepper.__call__, donate_argnums=0, out_shardings=where
         )
-        self.flops = step_flops(self.config, run.batch, run.length)
+        self.tokens, self.flops = mean_step(self.config, run)
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint says of its run: the config, and the frozen base if any."""
@@ -158,11 +158,11 @@ class Trainer:
 
     def speed(self, done: int, seconds: float) -> dict[str, float]:
         """What follows from the seconds a step took."""
-        run, rate = self.run, self.flops / seconds
+        rate = self.flops / seconds
         found = {
             "lr": float(self.schedule(done - 1)),
             "seconds": seconds,
-            "tokens_per_second": run.batch * run.length / seconds,
+            "tokens_per_second": self.tokens / seconds,
             "tflops": rate / 1e12,
         }
         peak = peak_flops(jax.devices()[0])

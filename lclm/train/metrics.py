@@ -7,6 +7,7 @@ import jax
 from lclm.config import AttentionSpec, ModelConfig
 from lclm.models.decoder import param_shapes
 from lclm.specs import MoeSpec
+from lclm.train.config import TrainConfig
 
 # Dense bfloat16 peak in FLOP/s of one device, by the start of its `device_kind`.
 PEAKS = {
@@ -42,6 +43,14 @@ def step_flops(config: ModelConfig, batch: int, length: int) -> float:
             pairs = layer_mask(mixer).pairs(length, length, mixer.heads)
             total += 12.0 * batch * pairs * mixer.head_dim
     return total
+
+
+def mean_step(config: ModelConfig, run: TrainConfig) -> tuple[float, float]:
+    """Tokens and FLOPs of a step, the mean over the row lengths that a run takes."""
+    lengths = run.data.lengths or (run.length,)
+    costs = {n: step_flops(config, run.batch, n) for n in set(lengths)}
+    tokens = run.batch * sum(lengths) / len(lengths)
+    return tokens, sum(costs[n] for n in lengths) / len(lengths)
 
 
 def _matrix_weights(config: ModelConfig) -> float:

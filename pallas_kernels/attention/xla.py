@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention.plan import Plan, plan
 from pallas_kernels.attention.spec import Spec, corner, wide, wide_dtype
 
@@ -36,7 +37,7 @@ def compute_dtype(dtype) -> jnp.dtype:
     """Operand type of the matrix products; float32 where bfloat16 would be slower."""
     if jnp.dtype(dtype) == jnp.float64:
         return jnp.dtype(jnp.float64)
-    cpu = jax.default_backend() == "cpu"
+    cpu = dispatch.platform() == "cpu"
     fast = jnp.dtype(dtype) == jnp.bfloat16 and (not cpu or _matrix_units())
     return jnp.dtype(jnp.bfloat16 if fast else jnp.float32)
 
