@@ -35,6 +35,8 @@ def plan_run(
         memory does not hold the step.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # What is compiled for a device that is not here cannot be read back from the cache.
+    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
     from lclm import hub
     from lclm.models.presets import PRESETS, preset
     from lclm.serve.memory import format_bytes
