@@ -53,11 +53,7 @@ SMALLER = (
     "fewer or shorter rows"
 )
 # What compiles for a platform that is not here; no device is needed.
-COMPILERS = {
-    "tpu": "libtpu",
-    "cuda": "jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm "
-    "nvidia-cuda-runtime nvidia-nvjitlink nvidia-cublas nvidia-cudnn-cu13",
-}
+COMPILERS = {"tpu": "jax[tpu]", "cuda": "jax[cuda13]"}
 
 
 @dataclass(frozen=True)
@@ -113,8 +109,7 @@ def topology(text: str) -> tuple[Chip, list[Any]]:
         missing = any(s in str(error) for s in ("not installed", "not implemented"))
         remedy = (
             f"the compiler for {name} is not installed: `pip install "
-            f"{COMPILERS[chip.platform]}` into this environment (the device itself is "
-            "not needed)"
+            f'"{COMPILERS[chip.platform]}=={jax.__version__}"` (no device is needed)'
             if missing
             else SHAPES[chip.platform]
         )

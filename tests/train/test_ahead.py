@@ -194,8 +194,8 @@ def test_nodes_that_do_not_exist_are_an_error_with_a_remedy(shape):
 @pytest.mark.parametrize(
     "text, error, remedy",
     [
-        ("h200:8", "topology not implemented for cuda", "pip install jax-cuda13"),
-        ("v5e:4x4", "JAX TPU support not installed", "pip install libtpu"),
+        ("h200:8", "topology not implemented for cuda", r'pip install "jax.cuda13.==0'),
+        ("v5e:4x4", "JAX TPU support not installed", r'pip install "jax.tpu.==0'),
         ("v5e:5", "INVALID_ARGUMENT", "v5e:4x4"),
     ],
 )
