@@ -6,7 +6,15 @@ from typing import Any
 from lclm.errors import LclmError
 
 __version__ = "0.1.0"
-__all__ = ["LclmError", "caches", "evals", "load", "mixers", "patterns"]
+__all__ = [
+    "Conversation",
+    "LclmError",
+    "caches",
+    "evals",
+    "load",
+    "mixers",
+    "patterns",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,6 +22,10 @@ def __getattr__(name: str) -> Any:
         from lclm import language_model
 
         return getattr(language_model, name)
+    if name == "Conversation":
+        from lclm.conversation import Conversation
+
+        return Conversation
     if name == "evals":  # the package is itself callable: lclm.evals() lists it
         return importlib.import_module("lclm.evals")
     raise AttributeError(f"module 'lclm' has no attribute {name!r}")

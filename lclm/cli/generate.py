@@ -3,9 +3,14 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lclm.cli import options
 from lclm.errors import LclmError
+from lclm.serve.result import Generation
+
+if TYPE_CHECKING:
+    from lclm.language_model import LanguageModel
 
 
 def main(argv: Sequence[str]) -> None:
@@ -15,31 +20,57 @@ def main(argv: Sequence[str]) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("-p", "--prompt", help="the text to continue")
     where.add_argument("-f", "--file", help="a UTF-8 file to continue; - is stdin")
-    parser.add_argument("--ask", help="a question put behind the text of --file")
+    where.add_argument(
+        "--load-cache", metavar="FILE", help="a text read before, by --save-cache"
+    )
+    parser.add_argument("--ask", help="a question put behind the text")
+    parser.add_argument(
+        "--save-cache", metavar="FILE", help="keep the text, as read, before --ask"
+    )
     options.cache_options(parser)
     options.sampling_options(parser)
     parser.add_argument("--quiet", action="store_true", help="no measurements")
     args = parser.parse_args(argv)
-    prompt = _prompt(args)
+    prompt = None if args.load_cache else _prompt(args)
 
     lm = options.load(args)
-    stream = lm.generate(
-        prompt,
-        cache=args.cache,
-        chunk=args.chunk,
-        stream=lm.tokenizer is not None,
-        **options.sampling(args),
-    )
-    if lm.tokenizer is None:
-        print(*stream.tokens)
-        made = stream
+    if prompt is None or args.save_cache:
+        made = _behind(lm, prompt, args)
     else:
-        for piece in stream:
+        made = lm.generate(
+            prompt + (args.ask or ""),
+            cache=args.cache,
+            chunk=args.chunk,
+            stream=lm.tokenizer is not None,
+            **options.sampling(args),
+        )
+    if made is None:
+        return
+    if isinstance(made, Generation):
+        print(*made.tokens)
+    else:
+        for piece in made:
             print(piece, end="", flush=True)
         print()
-        made = stream.result
+        made = made.result
     if not args.quiet:
         print(describe(made.stats), file=sys.stderr)
+
+
+def _behind(lm: "LanguageModel", prompt: str | None, args: argparse.Namespace):
+    """Continue a text that is read apart from the question: it is kept, or was."""
+    if args.load_cache:
+        context = lm.load_context(args.load_cache)
+    else:
+        context = lm.prefill(prompt, cache=args.cache, chunk=args.chunk)
+    if args.save_cache:
+        context.save(args.save_cache)
+        print(describe(context.stats), file=sys.stderr)
+        if args.ask is None:
+            return None
+    return context.generate(
+        args.ask or "", stream=lm.tokenizer is not None, **options.sampling(args)
+    )
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -52,8 +83,7 @@ def _prompt(args: argparse.Namespace) -> str:
             else:
                 with open(args.file, encoding="utf-8") as file:
                     text = file.read()
-    text += args.ask or ""
-    if not text:
+    if not text and not args.ask:
         raise LclmError("the prompt is empty: give at least one token of text")
     return text
 

@@ -42,10 +42,13 @@ def model_options(parser: Parser) -> None:
     )
 
 
-def cache_options(parser: Parser) -> None:
+def cache_options(parser: Parser, default: str = "full") -> None:
     """Cache policy and prefill chunk."""
     parser.add_argument(
-        "--cache", default="full", metavar="NAME:KEY=VALUE,...", help="cache policy"
+        "--cache",
+        default=default,
+        metavar="NAME:KEY=VALUE,...",
+        help=f"cache policy ({default})",
     )
     parser.add_argument(
         "--chunk", type=positive, default=512, help="tokens per prefill step"

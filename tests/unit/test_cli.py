@@ -155,12 +155,49 @@ def test_a_file_and_a_question_make_one_prompt(echo, tmp_path, capsys):
     assert echo.asked[0][0] == "a book?"
 
 
-def test_chat_remembers_what_was_said(echo, monkeypatch, capsys):
+def test_chat_asks_line_by_line_in_one_conversation(echo, monkeypatch, capsys):
+    made = []
+
+    class Talk:
+        def __init__(self, lm, cache, **options):
+            made.append((lm, cache, options))
+
+        def ask(self, line, **sampling):
+            made.append(line)
+            return Stream(line.upper(), None)
+
+    monkeypatch.setattr("lclm.conversation.Conversation", Talk)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nmore\n"))
     assert main(["chat", "m", "--system", "be brief"]) == 0
-    second = bytes(echo.asked[1][0]).decode()
-    assert second.startswith("<system>be brief<user>hello<assistant>#")
-    assert second.endswith("<user>more<answer>") and len(echo.asked) == 2
+    assert made[0][1].startswith("streaming") and made[0][2]["system"] == "be brief"
+    assert made[1:] == ["hello", "more"]
+    assert capsys.readouterr().out == "HELLO\nMORE\n"
+
+
+def test_a_text_is_read_once_kept_and_asked_later(echo, tmp_path, capsys):
+    events = []
+
+    class Read:
+        stats = echo.generate("", cache="", chunk=0, stream=True).result.stats
+
+        def save(self, file):
+            events.append(("save", file))
+
+        def generate(self, question, **options):
+            events.append(("ask", question))
+            return Stream("yes", self.stats)
+
+    echo.prefill = lambda text, cache, chunk: events.append(("read", text)) or Read()
+    echo.load_context = lambda file: events.append(("load", file)) or Read()
+    (tmp_path / "book").write_text("a book")
+    command = ["generate", "m", "-f", str(tmp_path / "book"), "--save-cache", "kept"]
+    assert main(command) == 0
+    assert main([*command, "--ask", "?"]) == 0
+    assert main(["generate", "m", "--load-cache", "kept", "--ask", "?"]) == 0
+    read, save, ask = ("read", "a book"), ("save", "kept"), ("ask", "?")
+    assert events == [read, save, read, save, ask, ("load", "kept"), ask]
+    assert capsys.readouterr().out == "yes\nyes\n"
+    assert main(["generate", "m", "-p", "a", "--load-cache", "kept"]) == 2
 
 
 def test_convert_writes_whole_folders_only(monkeypatch, tmp_path, capsys):
