@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
+from lclm.cache import heads as by_head
 from lclm.cache import read, write
 from lclm.cache.base import KV, Cache, Evidence, HeadGroup, Heads, Layer, Needs
 from lclm.cache.policies import Absolute, Full, at_least
@@ -34,6 +35,9 @@ class Evicting(Absolute):
     budget that the method states). Layers with a pattern or a narrower window of their
     own keep what they see, as under "full".
 
+    `ada` (at="end" only) gives a third of the kv heads that much more of the budget and
+    a third that much less, by what each would hold of its layer's best slots.
+
     A method says what it notes of each call (`note`) and, where a score is no sum of
     such notes, how slots are rated when some have to go (`rate`).
     """
@@ -43,6 +47,7 @@ class Evicting(Absolute):
     recent: int | None = None
     at: str = "chunk"
     decode: str = "keep"
+    ada: float = 0.0
     read: int = field(default=0, compare=False, repr=False)
 
     per_head: ClassVar[bool] = True
@@ -58,9 +63,17 @@ class Evicting(Absolute):
         if self.decode not in ("keep", "evict"):
             raise LclmError(f"{name}: decode is {self.decode!r}; use 'keep' or 'evict'")
         least = self.sinks + self.protected_recent
-        if self.budget < least:
+        smallest = self.budget - round(self.ada * self.budget)
+        if not 0 <= self.ada < 1:
+            raise LclmError(f"{name}: ada is {self.ada}; use 0 (equal heads) to 1")
+        if self.ada and (self.at == "chunk" or self.decode == "evict"):
             raise LclmError(
-                f"{name}: budget {self.budget} is below the {least} tokens it protects "
+                f"{name}: ada={self.ada} needs at='end' and decode='keep': heads get "
+                "budgets of their own where a prompt is cut"
+            )
+        if smallest < least:
+            raise LclmError(
+                f"{name}: budget {smallest} is below the {least} tokens it protects "
                 f"(sinks {self.sinks}, recent {self.protected_recent}); raise the "
                 "budget or protect fewer"
             )
@@ -87,13 +100,27 @@ class Evicting(Absolute):
             return length
         if self.at == "chunk":
             return min(self.share(layer, length), length)
-        kept = min(self.share(layer, self.read), self.read)
-        return kept + max(length - self.read, 0)
+        return self._behind(self.share(layer, self.read), length)
+
+    def _behind(self, share: int, length: int) -> int:
+        """Slots for what was kept of `read` tokens, and all that follows."""
+        return min(share, self.read) + max(length - self.read, 0)
 
     def groups(self, layer: Layer, length: int) -> tuple[HeadGroup, ...]:
         if self._foreign(layer):
             return Full().groups(layer, length)
-        return super().groups(layer, length)
+        if self.at != "kept" or not self.ada:
+            return super().groups(layer, length)
+        out, first = [], 0  # heads here are places in the order of demand
+        for count, share in self._classes(layer, self.read):
+            capacity = self._behind(share, length)
+            out.append(HeadGroup(tuple(range(first, first + count)), capacity))
+            first += count
+        return tuple(out)
+
+    def _classes(self, layer: Layer, read: int) -> tuple[tuple[int, int], ...]:
+        share = self.share(layer, read)
+        return by_head.classes(layer.spec.kv_heads, share, self.ada)
 
     def init(self, layer: Layer, batch: int, length: int, dtype) -> Cache:
         if self._foreign(layer):
@@ -106,7 +133,9 @@ class Evicting(Absolute):
             )
         cache = super().init(layer, batch, length, dtype)
         if self.at == "kept":
-            return Cache(cache.groups, {"shift": jnp.zeros(batch, jnp.int32)})
+            shift = jnp.zeros((batch, len(cache.groups)), jnp.int32)
+            order = jnp.zeros((batch, layer.spec.kv_heads), jnp.int32)
+            return Cache(cache.groups, {"shift": shift, "order": order})
         (kv,) = cache.groups
         score = jnp.zeros(kv.k.shape[:3], jnp.float32)
         return Cache(cache.groups, {"score": score} | self.notes(layer, batch, dtype))
@@ -137,9 +166,36 @@ class Evicting(Absolute):
     ) -> tuple[Array, Cache]:
         if self._foreign(layer):
             return Full().attend(cache, heads, step, layer, sink)
-        needs = Needs() if self.at == "kept" else self.needs
-        out, evidence, new = read.absolute(cache, heads, step, layer, sink, needs)
+        if self.at == "kept":
+            return self._keep(cache, heads, step, layer, sink)
+        out, evidence, new = read.absolute(cache, heads, step, layer, sink, self.needs)
         return out, self.update(cache, new, step.after(out), layer, evidence)
+
+    def _keep(
+        self,
+        cache: Cache,
+        heads: Heads,
+        step: Step,
+        layer: Layer,
+        sink: Array | None,
+    ) -> tuple[Array, Cache]:
+        """Attend to what was kept, by groups of heads, and keep the call."""
+        order, shift = cache.extra["order"], cache.extra["shift"]
+        parts = [heads]
+        if len(cache.groups) > 1:
+            counts = [kv.k.shape[1] for kv in cache.groups]
+            parts = by_head.grouped(heads, order, counts)
+        outs, groups = [], []
+        for i, (kv, part) in enumerate(zip(cache.groups, parts, strict=True)):
+            size = {"heads": part.q.shape[2], "kv_heads": part.k.shape[2]}
+            mine = Layer(layer.index, dataclasses.replace(layer.spec, **size))
+            out, _, new = read.absolute(Cache((kv,)), part, step, mine, sink, Needs())
+            behind = step.after(out)
+            behind = dataclasses.replace(behind, start=behind.start - shift[:, i])
+            groups.append(write.append(kv, write.per_head(new), behind))
+            outs.append(out)
+        out = outs[0] if len(outs) == 1 else by_head.joined(outs, order)
+        return out, Cache(tuple(groups), cache.extra)
 
     def update(
         self, cache: Cache, new: KV, step: Step, layer: Layer, evidence: Evidence
@@ -147,9 +203,6 @@ class Evicting(Absolute):
         """Write a call's tokens; under at="chunk" only the best of all stay."""
         (kv,) = cache.groups
         new = write.per_head(new)
-        if self.at == "kept":
-            behind = dataclasses.replace(step, start=step.start - cache.extra["shift"])
-            return Cache((write.append(kv, new, behind),), cache.extra)
         old, fresh, notes = self.note(cache, new, step, layer, evidence)
         if self.at == "end":
             score = write.put(old[..., None], fresh[..., None], step.start)[..., 0]
@@ -173,11 +226,29 @@ class Evicting(Absolute):
         (kv,), notes = cache.groups, dict(cache.extra)
         score, notes = self.rate(kv, notes.pop("score"), notes, layer)
         count = jnp.sum(kv.pos[:, 0] >= 0, -1, dtype=jnp.int32)
-        slots = min(self.share(layer, read), read)
-        kv, score = self._best(kv, score, count - 1, slots, layer)
+        share = min(self.share(layer, read), read)
         if self.decode == "evict":
+            kv, score = self._best(kv, score, count - 1, share, layer)
             return Cache((kv,), {"score": score, **notes})
-        return Cache((kv,), {"shift": count - jnp.minimum(count, slots)})
+        order = jnp.broadcast_to(
+            jnp.arange(kv.k.shape[1], dtype=jnp.int32), kv.k.shape[:2]
+        )
+        sizes = self._classes(layer, read)
+        if len(sizes) > 1:
+            rank = self._rank(score, kv.pos, count - 1, layer)
+            order = by_head.by_demand(rank, share)
+            kv = KV(*(by_head.ordered(x, order, 1) for x in (kv.k, kv.v, kv.pos)))
+            score = by_head.ordered(score, order, 1)
+        groups, first = [], 0
+        for heads, slots in sizes:
+            here = slice(first, first + heads)
+            mine = KV(kv.k[:, here], kv.v[:, here], kv.pos[:, here])
+            slots = min(slots, read)
+            groups.append(self._best(mine, score[:, here], count - 1, slots, layer)[0])
+            first += heads
+        held = jnp.array([g.k.shape[2] for g in groups], jnp.int32)
+        shift = count[:, None] - jnp.minimum(count[:, None], held)
+        return Cache(tuple(groups), {"shift": shift, "order": order})
 
     def settled(self, read: int) -> "Evicting":
         """The policy behind `settle`, where rows had up to `read` tokens."""

@@ -11,6 +11,7 @@ import pytest
 from lclm.cache import make
 from lclm.cache.base import Heads, Layer, layers_of
 from lclm.cache.expected import ExpectedAttention
+from lclm.cache.heads import classes
 from lclm.cache.scores import H2O, TOVA, KeyDiff, Knorm, PyramidKV, SnapKV
 from lclm.cache.step import make_step
 from lclm.config import AttentionSpec, RopeSpec
@@ -189,6 +190,55 @@ def test_expected_attention_is_that_of_normal_queries_at_the_positions_ahead():
     np.testing.assert_allclose(score[0], wanted, rtol=1e-3)
 
 
+def test_heads_that_want_more_get_more_and_the_sum_stays():
+    assert classes(8, 100, 0.5) == ((2, 150), (4, 100), (2, 50))
+    assert classes(1, 100, 0.5) == classes(1, 100, 0.0) == ((1, 100),)
+    policy = H2O(budget=10, recent=2, at="end", ada=0.5)
+    _, cache = read(policy, LENGTH)
+    layer = Layer(0, SPEC)
+    cut = policy.settle(cache, layer, LENGTH)
+    sums = sum(by_group(weights(t, everything(t))) for t in range(LENGTH))
+    ranked = np.where(np.arange(LENGTH) >= 28, 1e9, sums)
+    least = np.sort(ranked.ravel())[-20]
+    order = np.argsort(-(ranked >= least).sum(1), kind="stable")
+    np.testing.assert_array_equal(cut.extra["order"][0], order)
+    assert [kv.k.shape[:3] for kv in cut.groups] == [(1, 1, 15), (1, 1, 5)]
+    for kv, head in zip(cut.groups, order, strict=True):
+        size = kv.k.shape[2]
+        wanted = top(sums[head], range(28), size - 2) | {28, 29}
+        assert set(np.asarray(kv.pos[0, 0]).tolist()) == wanted
+
+
+def test_a_head_of_its_own_size_reads_its_own_tokens():
+    equal = H2O(budget=LENGTH, recent=2, at="end")
+    varied = dataclasses.replace(equal, budget=24, ada=0.5)
+    part = jax.tree.map(lambda x: x[:, -1:], heads())
+    outs = {}
+    for policy in (equal, varied):
+        _, cache = read(policy, LENGTH)
+        cut = policy.settle(cache, Layer(0, SPEC), LENGTH)
+        after = policy.settled(LENGTH)
+        room = jax.eval_shape(
+            lambda a=after: a.init(Layer(0, SPEC), 1, LENGTH + 1, jnp.float32)
+        )
+        cut = jax.tree.map(
+            lambda x, y: jnp.pad(
+                x,
+                [(0, n - o) for o, n in zip(x.shape, y.shape, strict=True)],
+                constant_values=-1 if x.dtype == jnp.int32 else 0,
+            ),
+            cut,
+            room,
+        )
+        outs[policy.ada], _ = _call(after, cut, part, jnp.int32(LENGTH))
+        order = cut.extra["order"][0]
+    big, small = (slice(2 * int(k), 2 * int(k) + 2) for k in order)
+    np.testing.assert_allclose(
+        outs[0.5][:, :, big], outs[0.0][:, :, big], rtol=1e-5, atol=1e-5
+    )
+    assert np.abs(outs[0.5][:, :, small] - outs[0.0][:, :, small]).max() > 1e-4
+
+
 def test_pyramidkv_falls_with_depth_and_spends_the_same_tokens():
     policy = PyramidKV(budget=128, recent=8)
     layers = [Layer(i, SPEC, rank=i, layers=12) for i in range(12)]
@@ -229,6 +279,9 @@ def test_a_cut_context_is_saved_and_loaded(tmp_path):
         ("tova:at=begin", "use 'chunk' or 'end'"),
         ("snapkv:kernel=4", "odd"),
         ("snapkv:pool=sum", "'avg' or 'max'"),
+        ("h2o:ada=0.5", "needs at='end'"),
+        ("h2o:at=end,ada=1.5", "use 0"),
+        ("h2o:budget=8,recent=5,at=end,ada=0.5", "budget 4 is below the 5"),
         ("h2o:at=end,decode=drop", "'keep' or 'evict'"),
     ],
 )
