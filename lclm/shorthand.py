@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_origin
 
 from lclm.errors import LclmError, did_you_mean
 from lclm.registry import Table
@@ -59,6 +59,8 @@ def _typed(kind: str, make: Callable, name: str, key: str, value: Any) -> Any:
             f"{', '.join(options) or 'none'}{did_you_mean(key, options)}"
         )
     hint = options[key].annotation
+    if isinstance(value, list | tuple) and get_origin(hint) is tuple:
+        return _tuples(value)
     wanted = float if hint in (float, float | None) else str if hint is str else int
     try:
         typed = wanted(value)
@@ -67,3 +69,8 @@ def _typed(kind: str, make: Callable, name: str, key: str, value: Any) -> Any:
     if typed is None or (wanted is int and isinstance(value, float | bool)):
         raise LclmError(f"{kind} {name!r}: {key}={value!r} is not {WORDS[wanted]}")
     return typed
+
+
+def _tuples(value: Any) -> Any:
+    """Nested lists, as a table of JSON has them, as tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

@@ -15,6 +15,10 @@ POLICIES = Table(
             "lclm.cache.policies:Streaming",
             "StreamingLLM: `sinks` first tokens and the last `window` (2309.17453)",
         ),
+        "duo": Entry(
+            "lclm.cache.duo:Duo",
+            "DuoAttention: gates say which heads keep the whole text (2410.10819)",
+        ),
         "recompute": Entry(
             "lclm.cache.policies:Recompute",
             "no cache: re-read the last `window` tokens for every token",

@@ -42,6 +42,13 @@ def ring(kv: KV, new: KV, step: Step, first: int = 0) -> KV:
     return _refresh(kv, new, jnp.where(holds >= 0, holds + first, -1), step)
 
 
+def sinks_and_ring(kv: KV, new: KV, step: Step, sinks: int) -> KV:
+    """One token a row: p in slot p up to the last slot, then round behind the sinks."""
+    at = step.positions[:, 0]
+    slot = jnp.where(at < sinks, at, sinks + jnp.mod(at - sinks, kv.k.shape[2] - sinks))
+    return _replace_all(kv, new, slot, step.valid[:, 0])
+
+
 def _refresh(kv: KV, new: KV, holds: Array, step: Step) -> KV:
     """Fill each slot with the token at position `holds` [B, C] if the call read it."""
     index = holds - step.start[:, None]

@@ -229,14 +229,15 @@ def _export(run: Any, trainer: Any, trained: Any, bundle: Any, folder: Path) -> 
 
 def _keep_extra(run: Any, trainer: Any, trained: Any, folder: Path) -> None:
     """Write what the objective trained for itself, if anything."""
-    from lclm.hub.extras import Extra, save_extra
+    from lclm.learned import Extra, save_extra, shape
     from lclm.train.state import own_params
 
     own = own_params(trained.params)
     if own:
         kind = run.objective.partition(":")[0]
-        settings = dataclasses.asdict(trainer.objective)
-        save_extra(folder, Extra(kind, run.model.source, own, settings))
+        settings = dataclasses.asdict(trainer.stepper.objective)
+        about = shape(trainer.config)
+        save_extra(folder, Extra(kind, run.model.source, own, about, settings))
 
 
 def source(spec: Any, *, seed: int = 0) -> Any:

@@ -21,7 +21,8 @@ class DuoGates:
 
     Rows run twice: once as they are, once where every layer gives alpha times the
     attention output of the first run and 1 - alpha times attention of its own over
-    `sinks` first and `window` last tokens. The loss is the mean squared difference of
+    `sinks` first tokens, `window` last ones and itself, as the cache policy `duo` and
+    `streaming` have it. The loss is the mean squared difference of
     the final hidden states at weighted positions (those that predict the answer), plus
     `penalty` times the mean of |alpha|. Settings are the paper's.
     """
@@ -84,7 +85,7 @@ class DuoProbe:
         rows = heads.q.shape[0] // 2
         alone = dataclasses.replace(step, probe=None)
         half = jax.tree.map(lambda x: x[:rows], alone)
-        near = dataclasses.replace(spec, window=self.window, sinks=self.sinks)
+        near = dataclasses.replace(spec, window=self.window + 1, sinks=self.sinks)
         first, second = (
             Heads(heads.q[at], heads.k[at], heads.v[at])
             for at in (slice(None, rows), slice(rows, None))

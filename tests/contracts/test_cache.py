@@ -15,6 +15,8 @@ from tests.tiny import dense_nll, tiny_lm, tokens
 LENGTH = 40
 CACHED = [n for n in policies.POLICIES if not policies.POLICIES[n].recompute]
 CHOOSING = [n for n in CACHED if policies.POLICIES[n].compacts]
+# What a policy needs beside its size to run over the tiny model.
+GIVEN = {"duo": {"sinks": 2, "heads": ((True, False), (False, True))}}
 STEADY = [n for n in CACHED if n not in CHOOSING]
 
 
@@ -22,7 +24,7 @@ def make(name: str, budget: int) -> policies.CachePolicy:
     """The policy with its sizes set to about `budget` tokens."""
     cls = policies.POLICIES[name]
     sizes = {"window", "budget"} & {f.name for f in dataclasses.fields(cls)}
-    return cls(**dict.fromkeys(sizes, budget))
+    return cls(**dict.fromkeys(sizes, budget), **GIVEN.get(name, {}))
 
 
 def session(name: str, budget: int, rows: int = 1, chunk: int = 16) -> Session:

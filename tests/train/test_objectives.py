@@ -14,7 +14,7 @@ from lclm.cache.base import Heads
 from lclm.cache.step import make_step
 from lclm.data.batch import make_batch
 from lclm.errors import LclmError
-from lclm.hub.extras import Extra, load_extra, save_extra
+from lclm.learned import Extra, load_extra, save_extra, shape
 from lclm.models.decoder import init_params
 from lclm.objectives.duo_gates import DuoProbe
 from lclm.objectives.locret_heads import received, roles
@@ -121,7 +121,7 @@ def test_a_closed_gate_is_sink_and_window_attention():
         return probe(layer, Heads(q, k, v), step, None)
 
     half = jax.tree.map(lambda x: x[:1], step)
-    near = dataclasses.replace(spec, sinks=2, window=4)
+    near = dataclasses.replace(spec, sinks=2, window=5)
     local = dense_attention(Heads(q[1:], k[1:], v[1:]), half, near, None)
     full = dense_attention(Heads(q[:1], k[:1], v[:1]), half, spec, None)
     out = run(q, [0.0, 1.0])
@@ -200,14 +200,11 @@ def test_targets_of_retaining_heads_are_the_largest_logits_from_answers():
 
 def test_what_was_trained_reads_back_with_its_base(tmp_path):
     own = {"alpha": np.linspace(0, 1, 4, dtype=np.float32).reshape(2, 2)}
-    extra = Extra("duo_gates", "smollm2-135m", own, {"sinks": 2, "window": 4})
+    settings = {"sinks": 2, "window": 4}
+    extra = Extra("duo_gates", "smollm2-135m", own, shape(CONFIG), settings)
     path = save_extra(tmp_path, extra)
     again = load_extra(tmp_path, kind="duo_gates")
-    assert (again.kind, again.base, again.settings) == (
-        extra.kind,
-        extra.base,
-        extra.settings,
-    )
+    assert dataclasses.replace(again, params=own) == extra
     np.testing.assert_array_equal(again.params["alpha"], own["alpha"])
     with pytest.raises(LclmError, match="holds 'duo_gates', not 'locret_heads'"):
         load_extra(path, kind="locret_heads")

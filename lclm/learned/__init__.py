@@ -1,8 +1,8 @@
 """Small files of what was trained beside a frozen model: gates, retaining heads.
 
 A safetensors file whose metadata is {"format": "lclm-extra-1", "kind": the objective's
-name, "base": the model it was trained for, "settings": a JSON table}. Its tensors are
-the objective's parameters by path, float32:
+name, "base": the model it was trained for, "model": what `shape` says of that model,
+"settings": a JSON table}. Its tensors are the objective's parameters by path, float32:
 
 duo_gates: alpha [L, K]; settings sinks, window, penalty, start.
 locret_heads: w1 [L, F, (N + 2 K) H] over concat(q, k, v) before rotation, w2 [L, K, F];
@@ -20,8 +20,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lclm.config import AttentionSpec, ModelConfig
 from lclm.errors import LclmError
 
+FOLDER = Path(__file__).parent
 FORMAT, NAME = "lclm-extra-1", "extra.safetensors"
 
 
@@ -32,6 +34,7 @@ class Extra:
     kind: str
     base: str
     params: dict[str, np.ndarray]
+    model: dict[str, int]
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -47,6 +50,7 @@ def save_extra(folder: str | Path, extra: Extra) -> Path:
         "format": FORMAT,
         "kind": extra.kind,
         "base": extra.base,
+        "model": json.dumps(extra.model),
         "settings": json.dumps(extra.settings),
     }
     part = path.with_suffix(".part")
@@ -76,4 +80,56 @@ def load_extra(path: str | Path, *, kind: str | None = None) -> Extra:
         )
     if kind is not None and head["kind"] != kind:
         raise LclmError(f"{path} holds {head['kind']!r}, not {kind!r}")
-    return Extra(head["kind"], head["base"], params, json.loads(head["settings"]))
+    if "model" not in head:
+        raise LclmError(
+            f"{path} does not say which model it is for; train it with this version"
+        )
+    model, settings = json.loads(head["model"]), json.loads(head["settings"])
+    return Extra(head["kind"], head["base"], params, model, settings)
+
+
+def shape(config: ModelConfig) -> dict[str, int]:
+    """What tells models apart to a trained part: counts of one attention layer each."""
+    found = [s.mixer for s in config.layers if isinstance(s.mixer, AttentionSpec)]
+    if not found:
+        raise LclmError("the model has no attention layer, so there is nothing to fit")
+    first = found[0]
+    return {
+        "layers": len(found),
+        "heads": first.heads,
+        "kv_heads": first.kv_heads,
+        "head_dim": first.head_dim,
+        "width": config.width,
+        "vocab": config.vocab,
+    }
+
+
+def find(kind: str, config: ModelConfig, file: str = "", *, hint: str) -> Extra:
+    """The trained part of a kind for a model: of `file`, or one that ships with lclm.
+
+    Raises LclmError, which ends in `hint`, where there is none or it is of another
+    model.
+    """
+    wanted = shape(config)
+    if file:
+        extra = load_extra(file, kind=kind)
+        if extra.model != wanted:
+            raise LclmError(
+                f"{file!r} holds {kind} of {extra.base!r} ({_told(extra.model)}), but "
+                f"this model has {_told(wanted)}; {hint}"
+            )
+        return extra
+    known = []
+    for path in sorted(FOLDER.glob("*.safetensors")):
+        extra = load_extra(path)
+        if extra.kind == kind and extra.model == wanted:
+            return extra
+        known += [extra.base] if extra.kind == kind else []
+    raise LclmError(
+        f"lclm ships {kind} for {', '.join(known) or 'no model'}, but this model has "
+        f"{_told(wanted)}; {hint}"
+    )
+
+
+def _told(model: dict[str, int]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in model.items())
