@@ -59,7 +59,8 @@ def plan_run(
     seconds = time.perf_counter() - began
     console.print(_table(run, topology, found, seconds))
     least = max(found.seconds().values())
-    rate = run.batch * run.length / least
+    lengths = run.data.lengths or (run.length,)
+    rate = run.batch * sum(lengths) / len(lengths) / least
     console.print(
         f"roofline: {least * 1e3:,.1f} ms a step at least, {rate:,.0f} tokens/s, "
         f"{found.flops / chip.flops / least:.0%} of peak at most"
