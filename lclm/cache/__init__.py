@@ -42,6 +42,9 @@ POLICIES = Table(
             "most attention of queries still to come (2510.00636)",
         ),
         "knorm": Entry("lclm.cache.scores:Knorm", "small keys stay (2406.11430)"),
+        "locret": Entry(
+            "lclm.cache.locret:Locret", "trained retaining heads choose (2410.01805)"
+        ),
         "keydiff": Entry("lclm.cache.scores:KeyDiff", "unusual keys stay (2504.15364)"),
     },
 )

@@ -91,6 +91,11 @@ class Evicting(Absolute):
     def settles(self) -> bool:
         return self.at == "end"
 
+    @property
+    def ordered(self) -> bool:
+        """Whether slots stay in order of position as tokens are decoded."""
+        return False
+
     def share(self, layer: Layer, length: int) -> int:
         """Tokens a kv head of one layer keeps, of rows of up to `length`."""
         return self.budget
@@ -168,8 +173,20 @@ class Evicting(Absolute):
             return Full().attend(cache, heads, step, layer, sink)
         if self.at == "kept":
             return self._keep(cache, heads, step, layer, sink)
-        out, evidence, new = read.absolute(cache, heads, step, layer, sink, self.needs)
+        out, evidence, new = self.look(cache, heads, step, layer, sink, self.needs)
         return out, self.update(cache, new, step.after(out), layer, evidence)
+
+    def look(
+        self,
+        cache: Cache,
+        heads: Heads,
+        step: Step,
+        layer: Layer,
+        sink: Array | None,
+        needs: Needs,
+    ) -> tuple[Array, Evidence, KV]:
+        """Attention of a call over one group, and what of the call is to be stored."""
+        return read.absolute(cache, heads, step, layer, sink, needs)
 
     def _keep(
         self,
@@ -189,7 +206,7 @@ class Evicting(Absolute):
         for i, (kv, part) in enumerate(zip(cache.groups, parts, strict=True)):
             size = {"heads": part.q.shape[2], "kv_heads": part.k.shape[2]}
             mine = Layer(layer.index, dataclasses.replace(layer.spec, **size))
-            out, _, new = read.absolute(Cache((kv,)), part, step, mine, sink, Needs())
+            out, _, new = self.look(Cache((kv,)), part, step, mine, sink, Needs())
             behind = step.after(out)
             behind = dataclasses.replace(behind, start=behind.start - shift[:, i])
             groups.append(write.append(kv, write.per_head(new), behind))
@@ -208,7 +225,7 @@ class Evicting(Absolute):
             score = write.put(old[..., None], fresh[..., None], step.start)[..., 0]
             return Cache((write.append(kv, new, step),), {"score": score, **notes})
         last = step.start + step.count - 1
-        if new.k.shape[2] == 1:
+        if new.k.shape[2] == 1 and not self.ordered:
             slot = jnp.argmin(self._rank(old, kv.pos, last, layer), -1)
             kv = write.place(kv, new, slot, step.valid[:, 0])
             score = replace_by_head(old, fresh, slot, step.valid[:, 0])

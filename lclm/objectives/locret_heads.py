@@ -13,6 +13,7 @@ from lclm.cache.step import Step
 from lclm.config import ModelConfig
 from lclm.models.trunk import Trunk
 from lclm.objectives.base import Share, full_attention
+from lclm.ops.retaining import scores
 from lclm.typing import Array, Batch, Bool, Float, Int, Leaf, Params
 
 QUERIES = 128  # queries whose logits are held at once
@@ -100,7 +101,7 @@ class LocretProbe:
         spec, alone = layer.spec, dataclasses.replace(step, probe=None)
         heads = jax.tree.map(lax.stop_gradient, heads)
         own = layer.get_variable("params", "probe")
-        found = scores(heads, own["w1"], own["w2"])
+        found = scores(heads.q, heads.k, heads.v, own["w1"], own["w2"])
         q, k = step.rotate(heads.q, spec.rope), step.rotate(heads.k, spec.rope)
         scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
         want = lax.stop_gradient(received(q, k, self.answer, step.segments, scale))
@@ -113,16 +114,6 @@ class LocretProbe:
         layer.sow("probe", "fit", jnp.sum(jnp.mean(fit, -1)))
         layer.sow("probe", "rough", jnp.sum(jnp.mean(steps, -1)))
         return dense_attention(heads, alone, spec, sink)
-
-
-def scores(
-    heads: Heads, w1: Float[Array, "F C"], w2: Float[Array, "K F"]
-) -> Float[Array, "B T K"]:
-    """Retaining scores of tokens from their own q, k, v before rotation."""
-    B, T = heads.q.shape[:2]
-    parts = (heads.q, heads.k, heads.v)
-    x = jnp.concatenate([p.reshape(B, T, -1) for p in parts], -1).astype(w1.dtype)
-    return jnp.matmul(jax.nn.silu(jnp.matmul(x, w1.T)), w2.T)
 
 
 def received(

@@ -16,7 +16,10 @@ LENGTH = 40
 CACHED = [n for n in policies.POLICIES if not policies.POLICIES[n].recompute]
 CHOOSING = [n for n in CACHED if policies.POLICIES[n].compacts]
 # What a policy needs beside its size to run over the tiny model.
-GIVEN = {"duo": {"sinks": 2, "heads": ((True, False), (False, True))}}
+GIVEN = {
+    "duo": {"sinks": 2, "heads": ((True, False), (False, True))},
+    "locret": {"heads": "random"},
+}
 STEADY = [n for n in CACHED if n not in CHOOSING]
 
 
