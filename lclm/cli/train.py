@@ -229,10 +229,12 @@ def _export(run: Any, trainer: Any, trained: Any, bundle: Any, folder: Path) -> 
 
 def _keep_extra(run: Any, trainer: Any, trained: Any, folder: Path) -> None:
     """Write what the objective trained for itself, if anything."""
+    import numpy as np
+
     from lclm.learned import Extra, save_extra, shape
     from lclm.train.state import own_params
 
-    own = own_params(trained.params)
+    own = {name: np.asarray(leaf) for name, leaf in own_params(trained.params).items()}
     if own:
         kind = run.objective.partition(":")[0]
         settings = dataclasses.asdict(trainer.stepper.objective)

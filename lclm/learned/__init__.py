@@ -2,11 +2,11 @@
 
 A safetensors file whose metadata is {"format": "lclm-extra-1", "kind": the objective's
 name, "base": the model it was trained for, "model": what `shape` says of that model,
-"settings": a JSON table}. Its tensors are the objective's parameters by path, float32:
+"settings": a JSON table}. Its tensors are the objective's parameters by path:
 
-duo_gates: alpha [L, K]; settings sinks, window, penalty, start.
-locret_heads: w1 [L, F, (N + 2 K) H] over concat(q, k, v) before rotation, w2 [L, K, F];
-settings hidden, smooth.
+duo_gates: alpha [L, K] float32; settings sinks, window, penalty, start.
+locret_heads: w1 [L, F, (N + 2 K) H] over concat(q, k, v) before rotation, w2 [L, K, F],
+float16; settings hidden, smooth.
 
 L counts attention layers from the input on, K kv heads.
 """
@@ -25,6 +25,7 @@ from lclm.errors import LclmError
 
 FOLDER = Path(__file__).parent
 FORMAT, NAME = "lclm-extra-1", "extra.safetensors"
+TYPES = {"locret_heads": np.float16}  # scores move by less than 1e-3 of themselves
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ def save_extra(folder: str | Path, extra: Extra) -> Path:
     """Write `folder`/extra.safetensors and return its path."""
     path = Path(folder) / NAME
     path.parent.mkdir(parents=True, exist_ok=True)
+    dtype = TYPES.get(extra.kind, np.float32)
     tensors = {
-        name: np.ascontiguousarray(np.asarray(leaf, np.float32))
+        name: np.ascontiguousarray(np.asarray(leaf, dtype))
         for name, leaf in extra.params.items()
     }
     metadata = {

@@ -12,6 +12,7 @@ from lclm import objectives
 from lclm.blocks.attention import Attention, dense_attention
 from lclm.cache.base import Heads
 from lclm.cache.step import make_step
+from lclm.cli.train import _keep_extra
 from lclm.data.batch import make_batch
 from lclm.errors import LclmError
 from lclm.learned import Extra, load_extra, save_extra, shape
@@ -19,7 +20,7 @@ from lclm.models.decoder import init_params
 from lclm.objectives.duo_gates import DuoProbe
 from lclm.objectives.locret_heads import received, roles
 from lclm.train.config import train_config
-from lclm.train.loop import Trainer
+from lclm.train.loop import Trained, Trainer
 from lclm.train.step import Step
 from tests.tiny import lively, tiny_config, tokens
 
@@ -213,3 +214,19 @@ def test_what_was_trained_reads_back_with_its_base(tmp_path):
         load_extra(path)
     with pytest.raises(LclmError, match="no such file"):
         load_extra(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(DUO, "float32"), ("locret_heads:hidden=16", "float16")]
+)
+def test_a_finished_run_leaves_what_its_objective_trained(name, dtype, tmp_path):
+    made = trainer(name)
+    flat = made.frozen | made.state.params
+    _keep_extra(made.run, made, Trained(flat, made.state, 0.0), tmp_path)
+    found = load_extra(tmp_path, kind=name.partition(":")[0])
+    assert found.base == "tiny" and found.model == shape(CONFIG)
+    assert found.params
+    for path, value in found.params.items():
+        assert value.dtype == dtype
+        want = np.asarray(made.state.params[f"objective/{path}"])
+        np.testing.assert_allclose(value, want, atol=1e-3)
