@@ -92,6 +92,12 @@ def cached_attention(
             lambda: _whole(scoring, rows, k, v, k_pos),
             lambda: _blocks(scoring, rows, k, v, k_pos, length, _WHOLE // 2),
         )
+    return _finish(state, (B, T, N), v.dtype, sink)
+
+
+def _finish(state, shape: tuple[int, int, int], dtype, sink):
+    """Output and log of the denominator from rows (top, total, accumulated values)."""
+    B, T, N = shape
     top, total, acc = (x.reshape(B, N, T, *x.shape[3:]) for x in state)
     if sink is not None:
         own = wide(sink)[None, :, None]
@@ -100,7 +106,7 @@ def cached_attention(
         top, total, acc = new, total * fade + jnp.exp(own - new), acc * fade[..., None]
     some = total > 0
     total = jnp.where(some, total, 1.0)
-    out = (acc / total[..., None]).transpose(0, 2, 1, 3).astype(v.dtype)
+    out = (acc / total[..., None]).transpose(0, 2, 1, 3).astype(dtype)
     return out, jnp.where(some, top + jnp.log(total), -jnp.inf)
 
 
