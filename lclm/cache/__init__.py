@@ -46,6 +46,10 @@ POLICIES = Table(
             "lclm.cache.locret:Locret", "trained retaining heads choose (2410.01805)"
         ),
         "keydiff": Entry("lclm.cache.scores:KeyDiff", "unusual keys stay (2504.15364)"),
+        "quest": Entry(
+            "lclm.cache.quest:Quest",
+            "keep every token, read the pages a query points to (2406.10774)",
+        ),
     },
 )
 

@@ -1,5 +1,22 @@
 """Attention of a few queries over a cache buffer; inference only."""
 
 from pallas_kernels.decode.cached import cached_attention, column_sums
+from pallas_kernels.decode.pages import (
+    Selection,
+    page_bounds,
+    paged_attention,
+    refresh_bounds,
+    select_pages,
+    upper_bounds,
+)
 
-__all__ = ["cached_attention", "column_sums"]
+__all__ = [
+    "Selection",
+    "cached_attention",
+    "column_sums",
+    "page_bounds",
+    "paged_attention",
+    "refresh_bounds",
+    "select_pages",
+    "upper_bounds",
+]

@@ -19,6 +19,7 @@ CHOOSING = [n for n in CACHED if policies.POLICIES[n].compacts]
 GIVEN = {
     "duo": {"sinks": 2, "heads": ((True, False), (False, True))},
     "locret": {"heads": "random"},
+    "quest": {"page": 1, "dense": 1},
 }
 STEADY = [n for n in CACHED if n not in CHOOSING]
 

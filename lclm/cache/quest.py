@@ -1,0 +1,165 @@
+"""Quest (arXiv 2406.10774): keep every token, read the pages a query points to."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from lclm.cache import read, write
+from lclm.cache.base import (
+    Cache,
+    CachePolicy,
+    HeadGroup,
+    Heads,
+    Layer,
+    Needs,
+    empty,
+)
+from lclm.cache.policies import Full, at_least
+from lclm.cache.step import Step
+from lclm.errors import LclmError
+from lclm.typing import Array
+from pallas_kernels.decode import (
+    Selection,
+    page_bounds,
+    paged_attention,
+    refresh_bounds,
+)
+from pallas_kernels.decode.pages import REDUCTIONS
+
+LEAST = 3  # pages
+
+
+@dataclass(frozen=True)
+class Quest(CachePolicy):
+    """A query attends to `budget` tokens in pages of `page`; every token is kept.
+
+    Memory is not reduced: beside all keys and values there is the elementwise greatest
+    and least key of each page, another 1 / `page` of the cache. What falls is what a
+    decoded token reads: the bounds and max(3, budget / page) pages a kv head.
+
+    The query's own page and the `first` pages are always read; of the others before it
+    those whose bound on q.k is largest, after the query heads of a kv head are joined
+    by `reduce`: "max" of their bounds, "mean", or the "union" of the pages that each
+    would choose (which may be more than the budget). The first `dense` attention layers
+    and layers with a window or pattern of their own read all they see.
+
+    prefill="sparse": every query chooses for itself, so losses are those of decoding,
+    whatever the chunk. prefill="dense", the form of the released code: calls of several
+    tokens read everything and only one-token calls choose; then losses depend on the
+    chunk, and a question read in one call sees more than the answer behind it.
+    """
+
+    budget: int = 1024
+    page: int = 16
+    dense: int = 2
+    first: int = 0
+    reduce: str = "max"
+    prefill: str = "sparse"
+
+    def __post_init__(self):
+        at_least("quest: budget", self.budget, 1)
+        at_least("quest: page", self.page, 1)
+        at_least("quest: dense", self.dense, 0, "layers")
+        at_least("quest: first", self.first, 0, "pages")
+        if self.reduce not in REDUCTIONS:
+            names = ", ".join(repr(name) for name in REDUCTIONS)
+            raise LclmError(f"quest: reduce is {self.reduce!r}; use one of {names}")
+        if self.prefill not in ("sparse", "dense"):
+            raise LclmError(
+                f"quest: prefill is {self.prefill!r}; use 'sparse' or 'dense'"
+            )
+        low = self.budget // self.page * self.page
+        if self.budget > LEAST * self.page and low != self.budget:
+            raise LclmError(
+                f"quest: budget {self.budget} is no whole number of pages of "
+                f"{self.page}; use {low} or {low + self.page}, or another page"
+            )
+        if self.first >= self.pages:
+            raise LclmError(
+                f"quest: first {self.first} fills all {self.pages} pages that budget "
+                f"{self.budget} reads; use at most {self.pages - 1} or a larger budget"
+            )
+
+    @property
+    def pages(self) -> int:
+        """Pages a query reads."""
+        return max(LEAST, self.budget // self.page)
+
+    @property
+    def choice(self) -> Selection:
+        """How pages are chosen."""
+        return Selection(self.page, self.pages, self.first, self.reduce)
+
+    def capacity(self, layer: Layer, length: int) -> int:
+        """Slots for whole pages."""
+        return -(-length // self.page) * self.page
+
+    def groups(self, layer: Layer, length: int) -> tuple[HeadGroup, ...]:
+        if self._foreign(layer):
+            return Full().groups(layer, length)
+        return super().groups(layer, length)
+
+    def init(self, layer: Layer, batch: int, length: int, dtype: Any) -> Cache:
+        if self._foreign(layer):
+            return Full().init(layer, batch, length, dtype)
+        if layer.spec.rope is not None and layer.spec.rope.dynamic:
+            raise LclmError(
+                f"quest with RoPE type {layer.spec.rope.kind!r}: its angles change "
+                "with the length, and bounds of keys with them; use a fixed type such "
+                "as yarn or linear"
+            )
+        (group,) = self.groups(layer, length)
+        kv = empty(batch, len(group.heads), group.capacity, layer.spec.head_dim, dtype)
+        bounds = page_bounds(kv.k, jnp.zeros(batch, jnp.int32), self.page)
+        return Cache((kv,), {"bounds": bounds})
+
+    def attend(
+        self,
+        cache: Cache,
+        heads: Heads,
+        step: Step,
+        layer: Layer,
+        sink: Array | None = None,
+    ) -> tuple[Array, Cache]:
+        """Write the call's tokens, then read the pages that each query chooses."""
+        if "bounds" not in cache.extra:
+            return Full().attend(cache, heads, step, layer, sink)
+        spec = layer.spec
+        if self.prefill == "dense" and heads.q.shape[1] > 1:
+            out, _, _ = read.absolute(cache, heads, step, layer, sink, Needs())
+            return out, self._write(cache, heads, step.after(out), layer)
+        cache = self._write(cache, heads, step, layer)
+        (kv,), bounds = cache.groups, cache.extra["bounds"]
+        out, _ = paged_attention(
+            step.rotate(heads.q, spec.rope),
+            kv.k,
+            kv.v,
+            bounds,
+            step.positions,
+            self.choice,
+            scale=spec.scale,
+            softcap=spec.softcap,
+            sink=sink,
+            length=jnp.max(step.start + step.count),
+        )
+        return out, cache
+
+    def _write(self, cache: Cache, heads: Heads, step: Step, layer: Layer) -> Cache:
+        """Every token in the slot of its position, and the bounds of its page."""
+        (kv,) = cache.groups
+        kv = write.append(kv, read.new_tokens(heads, step, layer), step)
+        bounds = refresh_bounds(
+            cache.extra["bounds"],
+            kv.k,
+            step.start,
+            step.start + step.count,
+            page=self.page,
+            width=heads.q.shape[1],
+        )
+        return Cache((kv,), {"bounds": bounds})
+
+    def _foreign(self, layer: Layer) -> bool:
+        """Whether a layer reads all it sees: an early one, or one with its own mask."""
+        spec = layer.spec
+        return layer.rank < self.dense or spec.static or spec.window is not None

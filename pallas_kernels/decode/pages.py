@@ -1,0 +1,264 @@
+"""Attention of each query over the pages of a cache that its own bounds point to.
+
+A page is `page` consecutive slots, and a token's slot is its position. Each page has
+per kv head the elementwise greatest and least of its keys, kept side by side: bounds
+[B, K, pages, 2 H]. For a query q they bound every q.k of the page from above by
+U = sum_d max(q_d greatest_d, q_d least_d) (arXiv 2406.10774, section 3.3).
+
+A query at position i stands in page i // page. That page and the `first` pages are
+always attended; of the others before it, those with the largest U. So what a query
+attends depends on its position alone, never on how the text was cut into calls.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.attention.spec import wide
+from pallas_kernels.decode.cached import (
+    _block,
+    _blocks,
+    _check,
+    _check_options,
+    _finish,
+    _Scoring,
+    cached_attention,
+)
+
+REDUCTIONS = ("max", "mean", "union")
+_BOUNDS = 1 << 22  # upper bounds of pages held at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """`count` pages of `page` tokens for each query, per kv head.
+
+    The query's own page and the first `first` pages are among them. `reduce` joins the
+    query heads of a kv head: the largest bound of a page, their mean, or the union of
+    the pages that each would choose alone.
+    """
+
+    page: int
+    count: int
+    first: int = 0
+    reduce: str = "max"
+
+    def __post_init__(self):
+        if self.page < 1:
+            raise ValueError(f"page={self.page}: must be at least 1 token")
+        if self.first < 0:
+            raise ValueError(f"first={self.first}: must be at least 0 pages")
+        if self.count <= self.first:
+            raise ValueError(
+                f"count={self.count}: must exceed first={self.first}, a query's own "
+                "page is one more"
+            )
+        if self.reduce not in REDUCTIONS:
+            raise ValueError(f"reduce={self.reduce!r}: use one of {REDUCTIONS}")
+
+
+def page_bounds(k: jax.Array, length: jax.Array, page: int) -> jax.Array:
+    """Bounds [B, K, C / page, 2 H] of keys [B, K, C, H], of which `length` [B] are set.
+
+    Pages without a key get the least and the greatest finite value, which lose to all.
+    """
+    return _bounds(k, jnp.zeros_like(length), length, page)
+
+
+def _bounds(k, start, length, page: int):
+    """The same of keys whose first stands in slot `start` [B]."""
+    B, K, C, H = k.shape
+    slot = start[:, None] + lax.iota(jnp.int32, C)
+    held = (slot < length[:, None])[:, None, :, None]
+    limits = jnp.finfo(k.dtype)
+    greatest, least = (
+        pick(jnp.where(held, k, other).reshape(B, K, C // page, page, H), 3)
+        for pick, other in ((jnp.max, limits.min), (jnp.min, limits.max))
+    )
+    return jnp.concatenate([greatest, least], -1)
+
+
+def refresh_bounds(
+    bounds: jax.Array,
+    k: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+    *,
+    page: int,
+    width: int,
+) -> jax.Array:
+    """Bounds after up to `width` keys were written from slot `start` [B] on.
+
+    The pages touched are taken afresh from the `length` [B] keys that are there, so
+    keys written over or taken back leave no trace.
+    """
+    pages = bounds.shape[2]
+    touched = min((width + page - 2) // page + 1, pages)
+
+    def one(old, keys, at, end):
+        first = jnp.clip(at // page, 0, pages - touched)
+        mine = lax.dynamic_slice_in_dim(keys, first * page, touched * page, 1)
+        new = _bounds(mine[None], (first * page)[None], end[None], page)[0]
+        return lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), first, 1)
+
+    if bounds.shape[0] == 1:
+        return one(bounds[0], k[0], start[0], length[0])[None]
+    return jax.vmap(one)(bounds, k, start, length)
+
+
+def upper_bounds(q: jax.Array, bounds: jax.Array) -> jax.Array:
+    """U of every page for queries `q` [B, T, N, H]: float32 [B, T, K, N / K, pages].
+
+    max(a, b) is linear in (greatest, least) once the sign of q is known, so this is
+    one product of [max(q, 0), min(q, 0)] with the bounds.
+    """
+    B, T, N, H = q.shape
+    K = bounds.shape[1]
+    q = wide(q).reshape(B, T, K, N // K, H)
+    sides = jnp.concatenate([jnp.maximum(q, 0), jnp.minimum(q, 0)], -1)
+    return jnp.einsum("btkgh,bkph->btkgp", sides, wide(bounds))
+
+
+def select_pages(
+    q: jax.Array, bounds: jax.Array, q_pos: jax.Array, choice: Selection
+) -> jax.Array:
+    """Pages int32 [B, T, K, n] that queries at `q_pos` [B, T] attend; -1 past the last.
+
+    n is `choice.count`, times the query heads of a kv head for their union; at most
+    all pages.
+    """
+    score = upper_bounds(q, bounds)
+    pages, group = score.shape[-1], score.shape[3]
+    number = lax.iota(jnp.int32, pages)
+    own = (q_pos // choice.page)[:, :, None, None, None]
+    forced = (number == own) | (number < choice.first)
+    if choice.reduce == "mean":
+        score = score.mean(3, keepdims=True)
+    elif choice.reduce == "max":
+        score = score.max(3, keepdims=True)
+    score = jnp.where(forced, jnp.inf, score)
+    score = jnp.where(number <= own, score, -jnp.inf)
+    best = _best(score, min(choice.count, pages))
+    if choice.reduce != "union":
+        return best[:, :, :, 0]
+    some = _members(best, pages).any(3)
+    return _best(jnp.where(some, 0.0, -jnp.inf), min(group * choice.count, pages))
+
+
+def _best(score, count: int):
+    top, index = lax.top_k(score, count)
+    return jnp.where(top > -jnp.inf, index, -1)
+
+
+def _members(index, pages: int):
+    """Bool [..., pages]: which numbers are among `index` [..., n]."""
+    rows = index.reshape(-1, index.shape[-1])
+    at = jnp.where(rows < 0, pages, rows)
+    found = jnp.zeros((len(rows), pages), bool)
+    found = found.at[jnp.arange(len(rows))[:, None], at].set(True, mode="drop")
+    return found.reshape(*index.shape[:-1], pages)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen(_Scoring):
+    """Scores with slots hidden outside the pages `chosen`, bool [B, K, T, pages]."""
+
+    chosen: jax.Array
+    page: int
+
+    def seen(self, k_pos):
+        """Bool [B, K, 1, T, c] of a run of slots that begins with a page."""
+        first, width = k_pos[0, 0, 0] // self.page, k_pos.shape[2] // self.page
+        mine = lax.dynamic_slice_in_dim(self.chosen, first, width, 3)
+        return super().seen(k_pos) & jnp.repeat(mine, self.page, 3)[:, :, None]
+
+
+def paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bounds: jax.Array,
+    q_pos: jax.Array,
+    choice: Selection,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: jax.Array | None = None,
+    length: jax.Array | int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of `q` [B, T, N, H] over the pages each query chooses.
+
+    The cache `k`, `v` [B, K, C, H] holds position p in slot p, those of the queries
+    included; `bounds` are those of its pages. One query a row reads the bounds and its
+    pages, nothing else; several read the cache up to `length` in blocks. Other
+    arguments, the result and errors as in `cached_attention`.
+    """
+    _check_pages(q, k, v, bounds, q_pos, choice)
+    _check_options(None, sink, q.shape[2])
+    options = {"scale": scale, "softcap": softcap, "sink": sink}
+    C = k.shape[2]
+    if choice.count * choice.page >= C:
+        places = jnp.broadcast_to(lax.iota(jnp.int32, C), (k.shape[0], 1, C))
+        return cached_attention(q, k, v, q_pos, places, length=length, **options)
+    if q.shape[1] == 1:
+        index = select_pages(q, bounds, q_pos, choice)[:, 0]
+        k, v, places = _gather(k, v, index, choice.page)
+        return cached_attention(q, k, v, q_pos, places, **options)
+    return _by_blocks(q, k, v, bounds, q_pos, choice, length, options)
+
+
+def _gather(k, v, index, page: int):
+    """The slots of the pages `index` [B, K, n], and their positions [B, K, n page]."""
+    B, K, C, _ = k.shape
+    at = jnp.maximum(index, 0)[..., None, None]
+
+    def pick(x):
+        pages = x.reshape(B, K, C // page, page, x.shape[3])
+        return jnp.take_along_axis(pages, at, 2).reshape(B, K, -1, x.shape[3])
+
+    places = index[..., None] * page + lax.iota(jnp.int32, page)
+    places = jnp.where(index[..., None] < 0, -1, places)
+    return pick(k), pick(v), places.reshape(B, K, -1)
+
+
+def _by_blocks(q, k, v, bounds, q_pos, choice: Selection, length, options):
+    """Every query's own pages as a mask over blocks of slots."""
+    B, T, N, H = q.shape
+    K, C, pages = k.shape[1], k.shape[2], bounds.shape[2]
+
+    def chosen(part):
+        rows, at = part
+        return _members(select_pages(rows[:, None], bounds, at[:, None], choice), pages)
+
+    def choose():
+        some = lax.map(
+            chosen,
+            (jnp.moveaxis(q, 1, 0), q_pos.T),
+            batch_size=max(1, min(T, _BOUNDS // (B * N * pages))),
+        )
+        return some[:, :, 0].transpose(1, 2, 0, 3)
+
+    short = jnp.max(q_pos) < choice.count * choice.page
+    mine = lax.cond(short, lambda: jnp.ones((B, K, T, pages), bool), choose)
+    scale = H**-0.5 if options["scale"] is None else options["scale"]
+    scoring = _Chosen(q_pos, None, scale, options["softcap"], N // K, mine, choice.page)
+    block = max(1, _block(B * N * T, C) // choice.page) * choice.page
+    places = lax.iota(jnp.int32, C)[None, None]
+    rows = scoring.rows(q)
+    state = _blocks(scoring, rows, k, v, places, length, block)
+    return _finish(state, (B, T, N), v.dtype, options["sink"])
+
+
+def _check_pages(q, k, v, bounds, q_pos, choice: Selection) -> None:
+    B, K, C, H = k.shape if k.ndim == 4 else (0, 0, 0, 0)
+    _check(q, k, v, q_pos, jnp.zeros((B, 1, C), jnp.int8))
+    if C % choice.page:
+        raise ValueError(
+            f"a cache of {C} slots does not divide into pages of {choice.page}; round "
+            f"it up to {-(-C // choice.page) * choice.page}"
+        )
+    want = (B, K, C // choice.page, 2 * H)
+    if bounds.shape != want:
+        raise ValueError(f"bounds {bounds.shape}: must be {want}, one row a page")
