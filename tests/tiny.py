@@ -20,6 +20,30 @@ VOCAB = 97
 ROPE = RopeSpec(context=64)
 
 
+def tiny_rope(kind, **kwargs):
+    """A valid rotary embedding of every kind for head_dim 16 and 64 positions."""
+    extra = {
+        "linear": {"factor": 4.0},
+        "ntk": {"factor": 4.0},
+        "dynamic": {"factor": 2.0},
+        "yarn": {"factor": 4.0, "original": 16},
+        "yarn_paper": {"factor": 4.0, "original": 16},
+        "longrope": {
+            "original": 16,
+            "short_factor": (1.0,) * 8,
+            "long_factor": tuple(1.0 + i for i in range(8)),
+        },
+        "llama3": {
+            "factor": 8.0,
+            "original": 64,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        },
+        "proportional": {"partial": 0.5},
+    }.get(kind, {})
+    return RopeSpec(**{"kind": kind, "context": 64, **extra, **kwargs})
+
+
 def tiny_config(*, windows=(None, None), rope=ROPE, eos=(), **spec) -> ModelConfig:
     """Two layers of 4 query and 2 kv heads over 97 tokens."""
     layers = tuple(
