@@ -1,7 +1,8 @@
 """Hugging Face `mamba` folders: config.json both ways, and tensor names.
 
-Source: `MambaConfig` and `MambaForCausalLM` of transformers 5, and the files of
-state-spaces/mamba, which spell one tensor otherwise.
+What `mamba2` folders share is here as well. Source: `MambaConfig` and
+`MambaForCausalLM` of transformers 5, and the files of state-spaces/mamba, which spell
+one tensor otherwise.
 """
 
 import math
@@ -104,24 +105,35 @@ def step_rank(keys: Keys, name: str, width: int) -> int:
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The config.json of a Mamba-1 model, in the spelling of transformers 5."""
+    table = shared_keys(config, MambaSpec, dtype)
     spec = config.layers[0].mixer
-    if not isinstance(spec, MambaSpec) or spec.inner % config.width:
+    return table | {
+        "architectures": ["MambaForCausalLM"],
+        "intermediate_size": spec.inner,
+        "time_step_rank": spec.rank,
+    }
+
+
+def shared_keys(config: ModelConfig, kind: type, dtype: str) -> dict[str, Any]:
+    """What the two generations write alike; `LclmError` for layers of another `kind`.
+
+    `kind` is the spec of the mixer: Mamba-1's or Mamba-2's.
+    """
+    spec = config.layers[0].mixer
+    if not isinstance(spec, kind) or spec.inner % config.width:
         raise LclmError(
-            "a Hugging Face mamba config has Mamba-1 layers of a whole multiple of the "
-            f"width {config.width}; the first layer is {spec}. Save it with "
-            "format='orbax'"
+            f"a Hugging Face {config.family} config has layers of {kind.__name__} and "
+            f"a whole multiple of the width {config.width}; the first layer is {spec}. "
+            "Save it with format='orbax'"
         )
     return {
-        "architectures": ["MambaForCausalLM"],
-        "model_type": "mamba",
+        "model_type": config.family,
         "vocab_size": config.vocab,
         "hidden_size": config.width,
-        "intermediate_size": spec.inner,
         "num_hidden_layers": len(config.layers),
         "state_size": spec.state,
         "conv_kernel": spec.conv,
         "expand": spec.inner // config.width,
-        "time_step_rank": spec.rank,
         "use_bias": spec.proj_bias,
         "use_conv_bias": spec.conv_bias,
         "layer_norm_epsilon": config.norm.eps,
@@ -136,7 +148,14 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 def names(config: ModelConfig) -> dict[str, str]:
     """Our path -> tensor name."""
-    layer = {f"mamba/{ours}": f"mixer.{theirs}" for ours, theirs in MIXER.items()}
+    return backbone_names(config, "mamba", MIXER)
+
+
+def backbone_names(
+    config: ModelConfig, module: str, mixer: dict[str, str]
+) -> dict[str, str]:
+    """Our path -> tensor name, where `mixer` names what our `module` holds."""
+    layer = {f"{module}/{ours}": f"mixer.{theirs}" for ours, theirs in mixer.items()}
     layer["norm1/scale"] = "norm.weight"
     return layer_names(param_shapes(config), TOP, layer, "backbone.layers.{}.")
 

@@ -8,27 +8,19 @@ from typing import Any
 
 from lclm.config import LayerSpec, ModelConfig, NormSpec, Run
 from lclm.errors import LclmError
-from lclm.hub.families import HfFamily, layer_names
-from lclm.hub.hf_config import HARMLESS, eos_ids, eos_key
+from lclm.hub import hf_mamba
+from lclm.hub.families import HfFamily
+from lclm.hub.hf_config import HARMLESS, eos_ids
 from lclm.hub.json_file import Keys
-from lclm.models.decoder import param_shapes
 from lclm.specs import Mamba2Spec
 
-# The length the published models were trained with; no key holds it.
-CONTEXT = 2048
 # Keys that only initial values depend on, or that transformers itself never reads
 # (its norm is behind the gate whatever `norm_before_gate` says).
 UNREAD = frozenset(
     """time_step_scale time_step_min time_step_max time_step_init_scheme time_step_rank
     time_step_floor rescale_prenorm_residual norm_before_gate""".split()
 )
-EXPECTED = {
-    "hidden_act": "silu",
-    "rms_norm": True,
-    "is_encoder_decoder": False,
-    "is_decoder": False,
-    "add_cross_attention": False,
-}
+EXPECTED = hf_mamba.EXPECTED | {"rms_norm": True}
 MIXER = {
     "in/weight": "in_proj.weight",
     "in/bias": "in_proj.bias",
@@ -40,11 +32,6 @@ MIXER = {
     "norm/scale": "norm.weight",
     "out/weight": "out_proj.weight",
     "out/bias": "out_proj.bias",
-}
-TOP = {
-    "embed/table": "backbone.embeddings.weight",
-    "final_norm/scale": "backbone.norm_f.weight",
-    "head/weight": "lm_head.weight",
 }
 
 
@@ -77,7 +64,7 @@ def config_from_hf(table: dict[str, Any], where: str) -> ModelConfig:
         vocab=keys.count("vocab_size", 32768),
         width=width,
         stack=(Run((layer,), keys.count("num_hidden_layers", 64)),),
-        context=CONTEXT,
+        context=hf_mamba.CONTEXT,
         norm=norm,
         tied=keys.get("tie_word_embeddings", bool, False),
         bos=keys.get("bos_token_id", int, None if "bos_token_id" in table else 0),
@@ -122,48 +109,25 @@ def _limit(keys: Keys) -> tuple[float, float]:
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The config.json of a Mamba-2 model, in the spelling of transformers 5."""
+    table = hf_mamba.shared_keys(config, Mamba2Spec, dtype)
     spec = config.layers[0].mixer
-    if not isinstance(spec, Mamba2Spec) or spec.inner % config.width:
-        raise LclmError(
-            "a Hugging Face mamba2 config has Mamba-2 layers of a whole multiple of "
-            f"the width {config.width}; the first layer is {spec}. Save it with "
-            "format='orbax'"
-        )
     low, high = spec.step_limit
-    return {
+    return table | {
         "architectures": ["Mamba2ForCausalLM"],
-        "model_type": "mamba2",
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": len(config.layers),
         "num_heads": spec.heads,
         "head_dim": spec.head_dim,
-        "state_size": spec.state,
         "n_groups": spec.groups,
-        "conv_kernel": spec.conv,
         "chunk_size": spec.chunk,
-        "expand": spec.inner // config.width,
         "time_step_limit": [
             low,
             {"__float__": "Infinity"} if high == math.inf else high,
         ],
-        "use_bias": spec.proj_bias,
-        "use_conv_bias": spec.conv_bias,
-        "layer_norm_epsilon": config.norm.eps,
-        "residual_in_fp32": config.residual_float32,
-        "tie_word_embeddings": config.tied,
-        "bos_token_id": config.bos,
-        "eos_token_id": eos_key(config.eos),
-        "hidden_act": "silu",
-        "dtype": dtype,
     }
 
 
 def names(config: ModelConfig) -> dict[str, str]:
     """Our path -> tensor name."""
-    layer = {f"mamba2/{ours}": f"mixer.{theirs}" for ours, theirs in MIXER.items()}
-    layer["norm1/scale"] = "norm.weight"
-    return layer_names(param_shapes(config), TOP, layer, "backbone.layers.{}.")
+    return hf_mamba.backbone_names(config, "mamba2", MIXER)
 
 
 FAMILY = HfFamily(config_from_hf, config_to_hf, names)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lclm.ops.holes import any_holes, taken, tokens_first
 from lclm.ops.precision import wide_dtype
 from lclm.typing import Array, Float, Int
 
@@ -35,18 +36,12 @@ def causal_conv(
     return y.astype(x.dtype), None if state is None else new
 
 
-def _aligned(positions: Array) -> Array:
-    """Whether every row's valid tokens stand together at its left."""
-    valid = positions >= 0
-    return jnp.all(valid[:, :-1] >= valid[:, 1:])
-
-
 @jax.custom_vjp
 def _conv(x: Array, weight: Array, state: Array, positions: Array):
     """float32 y and the next state; weight [W, C]."""
     if x.shape[1] == 1:
         return _left(x, weight, state, positions)
-    return lax.cond(_aligned(positions), _left, _holes, x, weight, state, positions)
+    return lax.cond(any_holes(positions), _holes, _left, x, weight, state, positions)
 
 
 def _forward(x: Array, weight: Array, state: Array, positions: Array):
@@ -63,7 +58,7 @@ def _backward(kept, ct):
 
         return run
 
-    grads = lax.cond(_aligned(positions), pull(_left), pull(_holes), ct)
+    grads = lax.cond(any_holes(positions), pull(_holes), pull(_left), ct)
     return *grads, None
 
 
@@ -98,9 +93,6 @@ def _last(x: Array, state: Array, positions: Array) -> Array:
 
 def _holes(x: Array, weight: Array, state: Array, positions: Array):
     """Padding anywhere: move valid tokens to the left, and results back."""
-    order = jnp.argsort(positions < 0, axis=1, stable=True)
-    back = jnp.argsort(order, axis=1)
-    moved = jnp.take_along_axis(x, order[..., None], 1)
-    at = jnp.take_along_axis(positions, order, 1)
-    y, new = _left(moved, weight, state, at)
-    return jnp.take_along_axis(y, back[..., None], 1), new
+    order = tokens_first(positions)
+    y, new = _left(taken(x, order), weight, state, taken(positions, order))
+    return taken(y, jnp.argsort(order, axis=1)), new

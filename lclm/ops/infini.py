@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lclm.ops.holes import any_holes, taken, tokens_first
 from lclm.ops.precision import wide_dtype
 from lclm.ops.slots import replace
 from lclm.specs import InfiniSpec
@@ -109,15 +110,18 @@ def infini_attention(
     state alone. `packed=False` promises nothing but makes a fast form available where
     each row is one document from its first token on. Invalid tokens give 0.
     """
-    holes, order = _holes(positions)
-    x = _moved((q, k, v, positions), order, holes)
-    out, state = _compact_form(*x[:3], gate, x[3], spec, turn, state, packed)
-    if order is not None:
-        (out,) = _moved((out,), jnp.argsort(order, 1), holes)
-    return out, state
+
+    def run(q, k, v, positions):
+        return _compact_form(q, k, v, positions, gate, spec, turn, state, packed)
+
+    if q.shape[1] == 1:
+        return run(q, k, v, positions)
+    holes, order = any_holes(positions), tokens_first(positions)
+    out, state = run(*_moved((q, k, v, positions), order, holes))
+    return _moved((out,), jnp.argsort(order, 1), holes)[0], state
 
 
-def _compact_form(q, k, v, gate, positions, spec, turn, state, packed):
+def _compact_form(q, k, v, positions, gate, spec, turn, state, packed):
     """`infini_attention` of rows whose padding is on the right."""
     segment = spec.segment
     at = jnp.maximum(positions, 0)
@@ -141,24 +145,11 @@ def _compact_form(q, k, v, gate, positions, spec, turn, state, packed):
     return out, InfiniState(*pairs, *buffers)
 
 
-def _holes(positions: Int[Array, "B T"]) -> tuple[Array | None, Array | None]:
-    """Whether padding stands before tokens, and the order that puts it behind."""
-    if positions.shape[1] == 1:
-        return None, None
-    valid = positions >= 0
-    return jnp.any(valid[:, 1:] & ~valid[:, :-1]), jnp.argsort(~valid, 1, stable=True)
-
-
-def _moved(arrays: tuple, order: Array | None, wanted: Array | None) -> tuple:
+def _moved(arrays: tuple, order: Array, wanted: Array) -> tuple:
     """Tokens in `order` where that is wanted."""
-    if order is None:
-        return arrays
 
     def move(arrays: tuple) -> tuple:
-        return tuple(
-            jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), 1)
-            for x in arrays
-        )
+        return tuple(taken(x, order) for x in arrays)
 
     return lax.cond(wanted, move, lambda arrays: arrays, arrays)
 
