@@ -229,6 +229,7 @@ def test_devices_without_a_mesh_are_refused_before_anything_is_compiled():
         compile_step(run_of(), preset("tiny-bytes"), CHIPS["v5e"], [None, None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plugin, text", [("jax_cuda13_plugin", "h200:2"), ("libtpu", "v5e:2x2")]
 )
