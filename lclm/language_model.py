@@ -328,6 +328,16 @@ class Context:
         asked = Context(self.lm, session, stats, single=self.single)
         return asked._continue(request, stream=stream, single=self.single)
 
+    def nll(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float32 [B, T-1]: loss of each next token of a text behind the context.
+
+        Every row of the context reads the same tokens [T]; the context is unchanged.
+        """
+        rows = np.tile(self.lm._tokens(tokens), (self.session.rows, 1))
+        if rows.shape[1] < 2:
+            raise LclmError("one token leaves nothing to predict: give 2 or more")
+        return self.session.fork().nll(rows)
+
     def save(self, file: str | Path) -> None:
         """Write the compressed cache to one safetensors file."""
         snapshot.save(file, self.session, self.stats, self.single)

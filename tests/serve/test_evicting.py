@@ -262,6 +262,14 @@ def test_a_cut_prompt_goes_on_evicting_where_asked():
     assert np.asarray(session.caches[0].groups[0].pos).max() == 32
 
 
+def test_a_text_behind_a_context_loses_what_it_loses_behind_it():
+    lm, text = tiny_lm(), tokens(1, 30)
+    context = lm.prefill(text[0, :20].tolist(), cache="h2o:budget=40,at=end", chunk=20)
+    got = context.nll(text[0, 20:])
+    np.testing.assert_allclose(got, lm.nll(text)[:, 20:], atol=3e-5)
+    np.testing.assert_array_equal(context.nll(text[0, 20:]), got)
+
+
 def test_a_cut_context_is_saved_and_loaded(tmp_path):
     lm, row = tiny_lm(), tokens(1, 30)[0].tolist()
     context = lm.prefill(row, cache="snapkv:budget=8,at=end", chunk=16)

@@ -1,0 +1,71 @@
+"""kvpress on transformers-PyTorch, CPU: a prompt compressed once it has been read."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import kvpress
+import torch
+import transformers
+from protocol import Peer, serve
+
+PRESSES = {
+    "snapkv": lambda ratio: kvpress.SnapKVPress(ratio, window_size=32),
+    "pyramidkv": lambda ratio: kvpress.PyramidKVPress(ratio, window_size=32),
+    "tova": kvpress.TOVAPress,
+    "knorm": kvpress.KnormPress,
+    "keydiff": kvpress.KeyDiffPress,
+    "expected_attention": kvpress.ExpectedAttentionPress,
+}
+
+
+def make(settings: dict[str, Any]) -> Peer:
+    """Load settings["gguf"] in float32 with settings["threads"]."""
+    torch.set_num_threads(settings["threads"])
+    path = Path(settings["gguf"])
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+
+    def read(tokens: list[int], method: str, budget: int):
+        ids, cache = torch.tensor([tokens]), transformers.DynamicCache()
+        ratio = max(0.0, 1 - (budget + 0.5) / len(tokens))
+        with PRESSES[method](ratio)(model):
+            out = model(ids, past_key_values=cache, logits_to_keep=1)
+        return cache, out.logits[:, -1:].argmax(-1)
+
+    def behind(ids: torch.Tensor, cache: Any, start: int):
+        at = torch.arange(start, start + ids.shape[1])[None]
+        return model(ids, past_key_values=cache, position_ids=at).logits
+
+    @torch.inference_mode()
+    def measure(request: dict[str, Any]) -> dict[str, Any]:
+        tokens = request["tokens"]
+        began = time.perf_counter()
+        cache, token = read(tokens, request["method"], request["budget"])
+        read_seconds = time.perf_counter() - began
+        held = sum(
+            x.numel() * x.element_size()
+            for layer in cache.layers
+            for x in (layer.keys, layer.values)
+        )
+        found = {"read_seconds": read_seconds, "cache_bytes": held}
+        if after := request.get("after"):
+            ids = torch.tensor([after])
+            logits = behind(ids, cache, len(tokens))[:, :-1]
+            losses = torch.nn.functional.cross_entropy(logits[0], ids[0, 1:])
+            return found | {"nll": float(losses)}
+        began = time.perf_counter()
+        for step in range(request["new"]):
+            token = behind(token, cache, len(tokens) + step).argmax(-1)
+        return found | {"decode_seconds": time.perf_counter() - began}
+
+    return measure
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    serve(make)
