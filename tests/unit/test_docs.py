@@ -101,7 +101,7 @@ def test_a_shown_call_fits_its_signature(page, source):
 
 @pytest.mark.slow
 @pytest.mark.real
-@pytest.mark.parametrize("page", ["README.md", "guide.md"])
+@pytest.mark.parametrize("page", ["README.md", "guide.md", "caches.md"])
 def test_the_shown_python_runs(page):
     spoken = io.StringIO()
     source = "\n".join(text for name, text in blocks("python") if name == page)
