@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from lclm.config import AttentionSpec, ModelConfig
+from lclm.errors import LclmError
+from lclm.ops import codes
 from lclm.typing import Array, Float, Int, Leaf
 from pallas_kernels.mask import Mask
 
@@ -101,7 +103,7 @@ class Heads:
 class KV:
     """The slots of one head group: k and v [B, K, C, H], pos int32 [B, 1 or K, C].
 
-    `pos` is -1 where a slot is empty.
+    `pos` is -1 where a slot is empty. k and v are arrays or `lclm.ops.codes.Codes`.
     """
 
     k: Leaf
@@ -134,12 +136,23 @@ class Evidence:
 
 
 def empty(
-    batch: int, heads: int, slots: int, size: int, dtype: Any, *, per_head: bool = False
+    batch: int,
+    heads: int,
+    slots: int,
+    size: int,
+    dtype: Any,
+    *,
+    per_head: bool = False,
+    bits: int = 0,
 ) -> KV:
-    """Unwritten slots."""
+    """Unwritten slots; with `bits`, codes with a scale per token and 32 channels."""
     shape = (batch, heads, slots, size)
     pos = jnp.full((batch, heads if per_head else 1, slots), -1, jnp.int32)
-    return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), pos)
+    if not bits:
+        return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), pos)
+    group = (1, codes.channels(size, bits))
+    k, v = (codes.zeros(shape, bits, group, dtype) for _ in range(2))
+    return KV(k, v, pos)
 
 
 @dataclass(frozen=True)
@@ -149,6 +162,8 @@ class CachePolicy:
     `kept` is the most tokens per kv head that stay between calls (None: all of them).
     `exact_angles` asks for rotary angles that stay accurate at millions of positions.
     `compacts`: survivors are chosen at the ends of calls, so they depend on the chunk.
+    `bits`: slots hold codes of 2, 4 or 8 bits (0: numbers). A call's own tokens are
+    read as they are, those before it as stored; layers with a pattern hold numbers.
     """
 
     needs: ClassVar[Needs] = Needs()
@@ -157,6 +172,7 @@ class CachePolicy:
     compacts: ClassVar[bool] = False
     recompute: ClassVar[bool] = False
     overflow: ClassVar[Overflow | None] = None
+    bits: ClassVar[int] = 0
 
     @property
     def kept(self) -> int | None:
@@ -191,6 +207,13 @@ class CachePolicy:
 
     def init(self, layer: Layer, batch: int, length: int, dtype: Any) -> Cache:
         """Allocate one layer's cache."""
+        bits = 0 if layer.spec.pattern else self.bits
+        if bits and layer.spec.rope is not None and layer.spec.rope.dynamic:
+            raise LclmError(
+                f"bits={bits} with RoPE type {layer.spec.rope.kind!r}: keys are stored "
+                "before a rotation that changes with the length; leave bits out, or "
+                "use a fixed type such as yarn or linear"
+            )
         return Cache(
             tuple(
                 empty(
@@ -200,6 +223,7 @@ class CachePolicy:
                     layer.spec.head_dim,
                     dtype,
                     per_head=self.per_head,
+                    bits=bits,
                 )
                 for group in self.groups(layer, length)
             )

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,6 +15,7 @@ from lclm.cache.policies import Full, at_least
 from lclm.cache.step import Step
 from lclm.config import AttentionSpec, ModelConfig
 from lclm.errors import LclmError
+from lclm.ops.codes import check_bits
 from lclm.typing import Array, Float
 
 Gates = tuple[tuple[bool, ...], ...]
@@ -47,8 +49,10 @@ class Duo(CachePolicy):
     sparsity: float = 0.5
     gates: str = ""
     heads: Gates = ()
+    bits: int = 0
 
     def __post_init__(self):
+        check_bits("duo", self.bits)
         at_least("duo: sinks", self.sinks, 0)
         at_least("duo: window", self.window, 1)
         if not 0 <= self.sparsity <= 1:
@@ -81,7 +85,7 @@ class Duo(CachePolicy):
 
     def groups(self, layer: Layer, length: int) -> tuple[HeadGroup, ...]:
         if _foreign(layer):
-            return Full().groups(layer, length)
+            return Full(bits=self.bits).groups(layer, length)
         full, near = self._split(layer)
         both = HeadGroup(full, length), HeadGroup(near, self.sinks + self.window)
         return tuple(group for group in both if group.heads)
@@ -96,7 +100,7 @@ class Duo(CachePolicy):
     ) -> tuple[Float[Array, "B T N H"], Cache]:
         """Each head group over its own slots; heads come back in their order."""
         if _foreign(layer):
-            return Full().attend(cache, heads, step, layer, sink)
+            return Full(bits=self.bits).attend(cache, heads, step, layer, sink)
         parts = [part for part in self._split(layer) if part]
         outs, groups, order = [], [], []
         for chosen, kv in zip(parts, cache.groups, strict=True):
@@ -176,7 +180,7 @@ def _of_group(
 
 
 def _slots(kv: KV, first: int, end: int | None) -> KV:
-    return KV(kv.k[:, :, first:end], kv.v[:, :, first:end], kv.pos[:, :, first:end])
+    return jax.tree.map(lambda x: x[:, :, first:end], kv)
 
 
 def _foreign(layer: Layer) -> bool:

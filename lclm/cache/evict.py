@@ -2,8 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 
 from lclm.cache import heads as by_head
@@ -12,6 +14,7 @@ from lclm.cache.base import KV, Cache, Evidence, HeadGroup, Heads, Layer, Needs
 from lclm.cache.policies import Absolute, Full, at_least
 from lclm.cache.step import Step
 from lclm.errors import LclmError
+from lclm.ops.codes import check_bits
 from lclm.ops.slots import replace_by_head
 from lclm.typing import Array
 
@@ -48,6 +51,7 @@ class Evicting(Absolute):
     at: str = "chunk"
     decode: str = "keep"
     ada: float = 0.0
+    bits: int = 0
     read: int = field(default=0, compare=False, repr=False)
 
     per_head: ClassVar[bool] = True
@@ -55,6 +59,7 @@ class Evicting(Absolute):
 
     def __post_init__(self):
         name = type(self).__name__.lower()
+        check_bits(name, self.bits)
         at_least(f"{name}: budget", self.budget, 1)
         at_least(f"{name}: sinks", self.sinks, 0)
         at_least(f"{name}: recent", self.protected_recent, 1)
@@ -113,7 +118,7 @@ class Evicting(Absolute):
 
     def groups(self, layer: Layer, length: int) -> tuple[HeadGroup, ...]:
         if self._foreign(layer):
-            return Full().groups(layer, length)
+            return Full(bits=self.bits).groups(layer, length)
         if self.at != "kept" or not self.ada:
             return super().groups(layer, length)
         out, first = [], 0  # heads here are places in the order of demand
@@ -129,7 +134,7 @@ class Evicting(Absolute):
 
     def init(self, layer: Layer, batch: int, length: int, dtype) -> Cache:
         if self._foreign(layer):
-            return Full().init(layer, batch, length, dtype)
+            return Full(bits=self.bits).init(layer, batch, length, dtype)
         if layer.spec.rope is not None and layer.spec.rope.dynamic:
             raise LclmError(
                 f"{type(self).__name__.lower()} with RoPE type "
@@ -170,7 +175,7 @@ class Evicting(Absolute):
         sink: Array | None = None,
     ) -> tuple[Array, Cache]:
         if self._foreign(layer):
-            return Full().attend(cache, heads, step, layer, sink)
+            return Full(bits=self.bits).attend(cache, heads, step, layer, sink)
         if self.at == "kept":
             return self._keep(cache, heads, step, layer, sink)
         out, evidence, new = self.look(cache, heads, step, layer, sink, self.needs)
@@ -254,14 +259,15 @@ class Evicting(Absolute):
         if len(sizes) > 1:
             rank = self._rank(score, kv.pos, count - 1, layer)
             order = by_head.by_demand(rank, share)
-            kv = KV(*(by_head.ordered(x, order, 1) for x in (kv.k, kv.v, kv.pos)))
-            score = by_head.ordered(score, order, 1)
+            kv, score = jax.tree.map(
+                lambda x: by_head.ordered(x, order, 1), (kv, score)
+            )
         groups, first = [], 0
         for heads, slots in sizes:
-            here = slice(first, first + heads)
-            mine = KV(kv.k[:, here], kv.v[:, here], kv.pos[:, here])
+            here = itemgetter((slice(None), slice(first, first + heads)))
+            mine, rated = jax.tree.map(here, (kv, score))
             slots = min(slots, read)
-            groups.append(self._best(mine, score[:, here], count - 1, slots, layer)[0])
+            groups.append(self._best(mine, rated, count - 1, slots, layer)[0])
             first += heads
         held = jnp.array([g.k.shape[2] for g in groups], jnp.int32)
         shift = count[:, None] - jnp.minimum(count[:, None], held)

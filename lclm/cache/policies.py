@@ -10,6 +10,7 @@ from lclm.cache import read, write
 from lclm.cache.base import KV, Cache, CachePolicy, Evidence, HeadGroup, Heads, Layer
 from lclm.cache.step import Step
 from lclm.errors import LclmError
+from lclm.ops.codes import check_bits
 from lclm.typing import Array, Int
 from pallas_kernels import mask as masks
 
@@ -51,8 +52,10 @@ class Full(Absolute):
     """
 
     limit: int | None = None
+    bits: int = 0
 
     def __post_init__(self):
+        check_bits("full", self.bits)
         if self.limit is not None:
             at_least("full: limit", self.limit, 1)
 
@@ -85,8 +88,10 @@ class Window(Absolute):
     """Sliding window: a query sees `window` tokens, itself included."""
 
     window: int = 1024
+    bits: int = 0
 
     def __post_init__(self):
+        check_bits("window", self.bits)
         at_least("window: window", self.window, 1)
 
     @property
@@ -128,9 +133,11 @@ class Streaming(CachePolicy):
 
     sinks: int = 4
     window: int = 1020
+    bits: int = 0
     exact_angles: ClassVar[bool] = True
 
     def __post_init__(self):
+        check_bits("streaming", self.bits)
         at_least("streaming: sinks", self.sinks, 0)
         at_least("streaming: window", self.window, 1)
 

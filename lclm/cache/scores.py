@@ -9,6 +9,7 @@ from jax import lax
 from lclm.cache.base import Layer, Needs
 from lclm.cache.evict import Evicting
 from lclm.errors import LclmError
+from lclm.ops.codes import by_tiles
 from lclm.ops.precision import wide
 from lclm.typing import Array
 from pallas_kernels.decode import cached_attention, column_sums
@@ -161,7 +162,7 @@ class KeyDiff(Evicting):
         return cache.extra["score"], _unlike(unit, total), {"sum": total}
 
     def rate(self, kv, score, notes, layer):
-        return _unlike(_unit(kv.k), notes["sum"]), notes
+        return by_tiles(lambda k: _unlike(_unit(k), notes["sum"]), kv.k), notes
 
 
 def _unit(k: Array) -> Array:

@@ -1,4 +1,7 @@
-"""Writing a cache: appending, rings, and keeping chosen slots."""
+"""Writing a cache: appending, rings, and keeping chosen slots.
+
+Slots held as codes take a call's tokens as codes: each part is written in the same way.
+"""
 
 from collections.abc import Callable
 
@@ -8,8 +11,9 @@ from jax import lax
 
 from lclm.cache.base import KV
 from lclm.cache.step import Step
+from lclm.ops.codes import Codes
 from lclm.ops.slots import replace, replace_by_head
-from lclm.typing import Array
+from lclm.typing import Array, Leaf
 
 
 def append(kv: KV, new: KV, step: Step) -> KV:
@@ -71,7 +75,14 @@ def _replace_all(kv: KV, new: KV, slot: Array, keep: Array) -> KV:
 def _each(write: Callable[[Array, Array], Array], kv: KV, new: KV) -> KV:
     """Apply one write to keys, values and positions."""
     pos = write(kv.pos[..., None], new.pos[..., None])[..., 0]
-    return KV(write(kv.k, new.k), write(kv.v, new.v), pos)
+    return KV(_values(write, kv.k, new.k), _values(write, kv.v, new.v), pos)
+
+
+def _values(write: Callable[[Array, Array], Array], old: Leaf, new: Leaf) -> Leaf:
+    """Apply a write to every part of keys or values."""
+    if isinstance(old, Codes) and not isinstance(new, Codes):
+        new = old.encode(new)
+    return jax.tree.map(write, old, new)
 
 
 def per_head(kv: KV) -> KV:
@@ -101,7 +112,8 @@ def take(kv: KV, index: Array) -> KV:
         return jnp.take_along_axis(values, jnp.maximum(index, 0)[..., None], 2)
 
     pos = pick(kv.pos[..., None])[..., 0]
-    return KV(pick(kv.k), pick(kv.v), jnp.where(index >= 0, pos, -1))
+    k, v = jax.tree.map(pick, (kv.k, kv.v))
+    return KV(k, v, jnp.where(index >= 0, pos, -1))
 
 
 def best(rank: Array, pos: Array, count: int) -> Array:

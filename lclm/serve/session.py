@@ -275,7 +275,7 @@ class Session:
             pads = [
                 (0, max(0, n - o)) for o, n in zip(old.shape, new.shape, strict=True)
             ]
-            empty = -1 if jnp.issubdtype(old.dtype, jnp.integer) else 0
+            empty = -1 if jnp.issubdtype(old.dtype, jnp.signedinteger) else 0
             return (
                 jnp.pad(old, pads, constant_values=empty)
                 if any(p for _, p in pads)

@@ -2,6 +2,10 @@
 
 Slots may be in any order. A query at position p sees slot c when
 `0 <= k_pos[c] <= p` and, with a window, `p - k_pos[c] < window`.
+
+Keys and values are arrays [B, K, C, H], or what stands for one in a smaller form: it has
+`shape`, `ndim` and `dtype` of that array, and `open(start, size, dtype)` gives the slots
+[start, start + size) of it. Such a buffer is only ever opened a tile at a time.
 """
 
 import dataclasses
@@ -15,6 +19,7 @@ from pallas_kernels.attention.xla import HIDDEN, compute_dtype
 
 _SCORES = 1 << 20  # scores held at once by the block loop
 _WHOLE = 2048  # caches up to this size are read whole by one query
+_OPENED = 256  # slots of a buffer in a smaller form that are opened at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +87,9 @@ def cached_attention(
     scale = H**-0.5 if scale is None else scale
     scoring = _Scoring(q_pos, window, scale, softcap, N // k.shape[1])
     rows = scoring.rows(q)
-    if T > 1:
-        state = _blocks(scoring, rows, k, v, k_pos, length, _block(B * N * T, C))
+    if T > 1 or _closed(k):
+        block = _block(B * N * T, C, closed=_closed(k))
+        state = _blocks(scoring, rows, k, v, k_pos, length, block)
     elif length is None or C <= _WHOLE:
         state = _whole(scoring, rows, k, v, k_pos)
     else:
@@ -110,8 +116,20 @@ def _finish(state, shape: tuple[int, int, int], dtype, sink):
     return out, jnp.where(some, top + jnp.log(total), -jnp.inf)
 
 
-def _block(rows: int, C: int) -> int:
-    block = 1024
+def _closed(x) -> bool:
+    """Whether a buffer stands for an array in a smaller form."""
+    return hasattr(x, "open")
+
+
+def _tile(x, start, size: int, dtype):
+    """Slots [start, start + size) of a buffer."""
+    if _closed(x):
+        return x.open(start, size, dtype)
+    return lax.dynamic_slice_in_dim(x, start, size, axis=2).astype(dtype)
+
+
+def _block(rows: int, C: int, *, closed: bool = False) -> int:
+    block = _OPENED if closed else 1024
     while block > 128 and block * rows > _SCORES:
         block //= 2
     return min(block, C)
@@ -155,7 +173,8 @@ def _blocks(scoring: _Scoring, rows, k, v, k_pos, length, block: int):
     C = k.shape[2]
     limit = C if length is None else jnp.minimum(jnp.asarray(length, jnp.int32), C)
     # One row keeps the cache's type (see `_whole`), many are worth widening.
-    compute = compute_dtype(k.dtype) if rows.shape[2] > 16 else k.dtype
+    many = rows.shape[2] > 16 or _closed(k)
+    compute = compute_dtype(k.dtype) if many else k.dtype
     R = rows.shape[2]
     scoring, rows = _two_rows(scoring, rows.astype(compute))
     dtype = wide_dtype(rows)
@@ -164,17 +183,16 @@ def _blocks(scoring: _Scoring, rows, k, v, k_pos, length, block: int):
         top, total, acc = state
         start = jnp.minimum(n * block, C - block)
         at = start + jnp.arange(block)
-        places, k_tile, v_tile = (
-            lax.dynamic_slice_in_dim(x, start, block, axis=2) for x in (k_pos, k, v)
-        )
+        places = lax.dynamic_slice_in_dim(k_pos, start, block, axis=2)
         fresh = (at >= n * block) & (at < limit)
-        scores = scoring(rows, k_tile.astype(compute), scoring.seen(places) & fresh)
+        k_tile, v_tile = (_tile(x, start, block, compute) for x in (k, v))
+        scores = scoring(rows, k_tile, scoring.seen(places) & fresh)
         new = jnp.maximum(top, scores.max(-1))
         shift = jnp.where(new > HIDDEN / 2, new, 0.0)
         fade = jnp.exp(top - shift)
         weights = jnp.exp(scores - shift[..., None])
         acc = acc * fade[..., None] + jnp.einsum(
-            "bkrc,bkch->bkrh", weights.astype(compute), v_tile.astype(compute),
+            "bkrc,bkch->bkrh", weights.astype(compute), v_tile,
             preferred_element_type=dtype,
         )  # fmt: skip
         return new, total * fade + weights.sum(-1), acc
@@ -220,11 +238,11 @@ def column_sums(
     compute = compute_dtype(k.dtype)
     rows = scoring.rows(q).astype(compute)
     lse = jnp.where(jnp.isfinite(lse), lse, -HIDDEN).reshape(B, K, -1, 1)
-    block = _block(B * N * W, C)
+    block = _block(B * N * W, C, closed=_closed(k))
 
     def step(n, sums):
         start = jnp.minimum(n * block, C - block)
-        tile = lax.dynamic_slice_in_dim(k, start, block, axis=2).astype(compute)
+        tile = _tile(k, start, block, compute)
         places = lax.dynamic_slice_in_dim(k_pos, start, block, axis=2)
         part = jnp.exp(scoring(rows, tile, scoring.seen(places)) - lse).sum(2)
         return lax.dynamic_update_slice_in_dim(sums, part, start, axis=2)
