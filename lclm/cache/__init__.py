@@ -23,6 +23,10 @@ POLICIES = Table(
             "lclm.cache.policies:Recompute",
             "no cache: re-read the last `window` tokens for every token",
         ),
+        "quantised": Entry(
+            "lclm.cache.quantised:Quantised",
+            "KIVI: codes of `bits` bits, the last `residual` tokens whole (2402.02750)",
+        ),
         "h2o": Entry(
             "lclm.cache.scores:H2O", "most attention received so far (2306.14048)"
         ),

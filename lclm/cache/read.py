@@ -10,7 +10,7 @@ from lclm.cache.base import KV, Cache, Evidence, Heads, Layer, Needs
 from lclm.cache.step import Step
 from lclm.ops.masked import masked_attention, step_attention
 from lclm.ops.precision import wide
-from lclm.typing import Array
+from lclm.typing import Array, Leaf
 from pallas_kernels import mask as masks
 from pallas_kernels.attention import attention, merge
 from pallas_kernels.decode import cached_attention, column_sums
@@ -26,7 +26,7 @@ def new_tokens(heads: Heads, step: Step, layer: Layer, *, rotated: bool = True) 
     )
 
 
-def stored_keys(kv: KV, step: Step, layer: Layer) -> Array:
+def stored_keys(kv: KV, step: Step, layer: Layer) -> Leaf:
     """Keys of the slots as attention wants them: rotated now if the angles can move."""
     rope = layer.spec.rope
     if rope is None or not rope.dynamic:
@@ -66,7 +66,7 @@ def absolute(
 
 
 def over_slots(
-    q: Array, keys: Array, kv: KV, step: Step, layer: Layer, *, window: int | None
+    q: Array, keys: Leaf, kv: KV, step: Step, layer: Layer, *, window: int | None
 ) -> tuple[Array, Array]:
     """(out, lse) of the call's queries over stored slots."""
     used = jnp.minimum(jnp.max(step.start), kv.k.shape[2])
@@ -186,7 +186,7 @@ def combine(
 
 def _evidence(
     q: Array,
-    old_keys: Array,
+    old_keys: Leaf,
     kv: KV,
     new: KV,
     lse: Array,

@@ -19,10 +19,20 @@ from lclm.typing import Array, Leaf
 def append(kv: KV, new: KV, step: Step) -> KV:
     """Slot = position: a call's tokens go behind those already there.
 
-    Padding lands in slots nobody reads (position -1) that later tokens overwrite; a
-    row that reads nothing in a one-token call must have a free slot left.
+    Padding lands in slots nobody reads (position -1) that later tokens overwrite.
     """
-    return _each(lambda old, values: put(old, values, step.start), kv, new)
+    return behind(kv, new, step.start)
+
+
+def behind(kv: KV, new: KV, start: Array) -> KV:
+    """`new` in the slots from start [B] on, which fall on groups of coded slots."""
+    slots = kv.k.shape[2]
+
+    def write(old: Array, values: Array) -> Array:
+        every = slots // old.shape[2] if slots else 1
+        return put(old, values, start // every if every > 1 else start)
+
+    return _each(write, kv, new)
 
 
 def head(kv: KV, new: KV, step: Step) -> KV:
@@ -140,10 +150,11 @@ def put(old: Array, values: Array, start: Array) -> Array:
 
     def one(row: Array, value: Array, at: Array) -> Array:
         first = jnp.minimum(at, row.shape[1] - width)
+        held = lax.dynamic_slice_in_dim(row, first, width, 1)
+        mine = lax.iota(jnp.int32, width)[None, :, None] >= at - first
         if width > 1:
-            held = lax.dynamic_slice_in_dim(row, first, width, 1)
-            mine = lax.iota(jnp.int32, width)[None, :, None] >= at - first
-            value = jnp.where(mine, jnp.roll(value, at - first, 1), held)
+            value = jnp.roll(value, at - first, 1)
+        value = jnp.where(mine, value, held)
         return lax.dynamic_update_slice_in_dim(row, value, first, 1)
 
     if old.shape[0] == 1:

@@ -3,9 +3,9 @@
 Slots may be in any order. A query at position p sees slot c when
 `0 <= k_pos[c] <= p` and, with a window, `p - k_pos[c] < window`.
 
-Keys and values are arrays [B, K, C, H], or what stands for one in a smaller form: it has
-`shape`, `ndim` and `dtype` of that array, and `open(start, size, dtype)` gives the slots
-[start, start + size) of it. Such a buffer is only ever opened a tile at a time.
+Keys and values are arrays [B, K, C, H], or what stands for one in a smaller form: it
+has `shape`, `ndim` and `dtype` of that array, and `open(start, size, dtype)` gives its
+slots [start, start + size). Such a buffer is only ever opened a tile at a time.
 """
 
 import dataclasses

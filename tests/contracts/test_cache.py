@@ -22,13 +22,17 @@ GIVEN = {
     "quest": {"page": 1, "dense": 1},
 }
 STEADY = [n for n in CACHED if n not in CHOOSING]
+# Slots as codes: a few policies stand for all of them.
+CODED = ["full:bits=8", "h2o:bits=4", "quantised:residual=8,group=4"]
 
 
 def make(name: str, budget: int) -> policies.CachePolicy:
-    """The policy with its sizes set to about `budget` tokens."""
+    """The policy with its sizes set to about `budget` tokens, and `name`'s options."""
+    name, _, text = name.partition(":")
     cls = policies.POLICIES[name]
     sizes = {"window", "budget"} & {f.name for f in dataclasses.fields(cls)}
-    return cls(**dict.fromkeys(sizes, budget), **GIVEN.get(name, {}))
+    options = {k: int(v) for k, v in (x.split("=") for x in text.split(",") if x)}
+    return cls(**dict.fromkeys(sizes, budget), **GIVEN.get(name, {}), **options)
 
 
 def session(name: str, budget: int, rows: int = 1, chunk: int = 16) -> Session:
@@ -52,6 +56,13 @@ def test_a_budget_of_the_whole_text_equals_full_attention(name):
     np.testing.assert_allclose(nll, dense_nll(tiny_lm(), text), atol=3e-5)
 
 
+def test_codes_of_a_whole_text_are_near_full_attention():
+    text = tokens(2, LENGTH)
+    nll = tiny_lm().nll(text, cache=make("full:bits=8", LENGTH), chunk=16)
+    near = np.abs(nll - dense_nll(tiny_lm(), text))
+    assert 0 < np.mean(near) < 0.05
+
+
 @pytest.mark.parametrize("name", STEADY)
 def test_losses_do_not_depend_on_the_chunk(name):
     text = tokens(1, LENGTH)
@@ -61,7 +72,7 @@ def test_losses_do_not_depend_on_the_chunk(name):
         np.testing.assert_allclose(split, whole, atol=3e-5)
 
 
-@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("name", CACHED + CODED)
 def test_measured_bytes_equal_the_formula_and_stay_in_budget(name):
     lm, policy = tiny_lm(), make(name, 9)
     held = session(name, 9, rows=3)
@@ -86,7 +97,7 @@ def test_chunked_reading_stores_what_token_by_token_reading_stores(name):
         assert a[-1] == LENGTH - 1
 
 
-@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("name", CACHED + CODED)
 def test_rows_of_a_ragged_batch_are_independent(name):
     lm, policy = tiny_lm(), make(name, 9)
     rows = [tokens(1, n, seed=n)[0].tolist() for n in (3, 20, 37)]
