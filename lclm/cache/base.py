@@ -172,7 +172,7 @@ class CachePolicy:
     compacts: ClassVar[bool] = False
     recompute: ClassVar[bool] = False
     overflow: ClassVar[Overflow | None] = None
-    bits: ClassVar[int] = 0
+    bits = 0  # not annotated: policies make it a field, in their own order
 
     @property
     def kept(self) -> int | None:
