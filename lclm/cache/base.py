@@ -64,8 +64,9 @@ class Needs:
     """What a policy wants to see besides rotated keys and values.
 
     queries, keys: q and k before rotation. last: column sums of the attention
-    probabilities of the last `last` queries of a call. nll: each token's loss, given to
-    `observe` after the call. params: a parameter pytree (retaining heads, gates).
+    probabilities of the last `last` queries of a call. nll: the loss of each token read
+    or made, given to `observe` behind the call that holds it. params: a parameter
+    pytree (retaining heads, gates).
     """
 
     queries: bool = False
@@ -77,11 +78,12 @@ class Needs:
 
 @dataclass(frozen=True)
 class Overflow:
-    """What the engine does before a call that would exceed a policy's capacity.
+    """What the engine does to rows that a call would fill beyond `kept`.
 
     It runs the model over `tokens` (not at all where empty) on caches that keep none of
-    them, so each layer's `weigh` sees how they attend, then calls `compact`.
-    `room` is the tokens that fit between two compactions.
+    them, so each layer's `weigh` sees how they attend, then calls `compact`. Places for
+    `tokens` count as taken: a row holds at most `kept` - len(tokens) of its own.
+    `room` is the tokens that fit between two compactions. Other rows stay as they are.
     """
 
     room: int
@@ -192,6 +194,10 @@ class CachePolicy:
         """
         return self, None
 
+    def encoded(self, tokenizer: Any) -> "CachePolicy":
+        """The policy with texts of its own as tokens (None: there is no tokenizer)."""
+        return self
+
     def far(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"] | None:
         """Second positions queries are also rotated to (`step.rotate(far=True)`)."""
         return None
@@ -270,7 +276,10 @@ class CachePolicy:
     def observe(
         self, cache: Cache, nll: Float[Array, "B T"], step_positions: Int[Array, "B T"]
     ) -> Cache:
-        """Take the losses of a call's tokens (`needs.nll`)."""
+        """Take the losses of a call's tokens, each given those before it (`needs.nll`).
+
+        The first token of a row has none and is told 0; padding is at position -1.
+        """
         return cache
 
 

@@ -65,6 +65,17 @@ class Step:
             self, positions=self.positions + zero, start=self.start + zero
         )
 
+    def earlier(self, by: Int[Array, " B"]) -> "Step":
+        """The same tokens `by` positions earlier: where they stand in a cache."""
+        positions = jnp.where(self.valid, self.positions - by[:, None], -1)
+        tables = tuple(
+            rope.angles(jnp.maximum(positions, 0), spec, size, length=self.length)
+            for spec, size in self.keys
+        )
+        return dataclasses.replace(
+            self, positions=positions, start=self.start - by, tables=tables
+        )
+
     def rotate(
         self, x: Float[Array, "B T N H"], spec: RopeSpec | None, *, far: bool = False
     ) -> Array:

@@ -127,39 +127,71 @@ def _forward(weights, caches, chunk: Chunk, how: How, *, weigh: bool = False):
 def _read_last(weights, caches, last, chunk: Chunk, *, how: How):
     """Read a chunk; `last` takes the final hidden state of rows that ended in it."""
     hidden, caches = _forward(weights, caches, chunk, how)
-    at = jnp.maximum(chunk.count - 1, 0)[:, None, None]
-    here = jnp.take_along_axis(hidden, at, 1)[:, 0]
-    return caches, jnp.where(chunk.count[:, None] > 0, here, last)
+    if how.policy.needs.nll:
+        before = jnp.concatenate([last[:, None], hidden[:, :-1]], 1)
+        own = _losses(weights, before, chunk.tokens, how)
+        caches = _observe(caches, own, chunk.positions, how)
+    return caches, _final(hidden, last, chunk)
 
 
-@functools.partial(jax.jit, static_argnames="how", donate_argnames="caches")
-def _read_nll(weights, caches, targets, chunk: Chunk, *, how: How):
+@functools.partial(jax.jit, static_argnames="how", donate_argnames=("caches", "last"))
+def _read_nll(weights, caches, last, targets, chunk: Chunk, *, how: How):
     """Read a chunk and return each token's loss of predicting `targets`."""
     hidden, caches = _forward(weights, caches, chunk, how)
-    nll = token_nll(
+    nll = _losses(weights, hidden, targets, how)
+    if how.policy.needs.nll:
+        first = _losses(weights, last[:, None], chunk.tokens[:, :1], how)
+        own = jnp.concatenate([first, nll[:, :-1]], 1)
+        caches = _observe(caches, own, chunk.positions, how)
+    return caches, _final(hidden, last, chunk), nll
+
+
+def _final(hidden, last, chunk: Chunk) -> Array:
+    """The final hidden state of each row: `last` where the chunk had none of it."""
+    at = jnp.maximum(chunk.count - 1, 0)[:, None, None]
+    here = jnp.take_along_axis(hidden, at, 1)[:, 0]
+    return jnp.where(chunk.count[:, None] > 0, here, last)
+
+
+def _losses(weights, hidden, targets, how: How) -> Array:
+    return token_nll(
         hidden,
         loss_table(how.config, weights["model"], how.dtype),
         targets,
         chunk=NLL_TOKENS,
         softcap=how.config.final_softcap,
     )
-    policy = how.policy
-    if policy.needs.nll:
-        at = chunk.positions
-        caches = each_cache(
-            how.config, caches, lambda cache, _: policy.observe(cache, nll, at)
-        )
-    return caches, nll
+
+
+def _observe(caches, own, positions, how: How):
+    """Tell the policy the loss of each token at `positions`; a row's first has none."""
+    own = jnp.where(positions > 0, own, 0.0)
+    return each_cache(
+        how.config, caches, lambda cache, _: how.policy.observe(cache, own, positions)
+    )
 
 
 @functools.partial(jax.jit, static_argnames="how", donate_argnames="caches")
-def _overflow(weights, caches, chunk: Chunk, *, how: How):
-    """The overflow step: let caches weigh a catalyst (kept by none), then compact."""
+def _overflow(weights, caches, full, chunk: Chunk, *, how: How):
+    """Rows that are `full` weigh a catalyst, kept by none of them, then compact."""
+    weighed = caches
     if chunk.tokens.shape[1]:
-        _, weighed = _forward(weights, caches, chunk, how, weigh=True)
         # The catalyst is no part of the text: recurrent states forget it.
-        caches = each_cache(how.config, caches, keep_from(weighed))
-    return each_cache(how.config, caches, how.policy.compact)
+        _, weighed = _forward(weights, caches, chunk, how, weigh=True)
+
+    def changed(cache: Cache, layer: Layer) -> Cache:
+        made = how.policy.compact(weighed[layer.index], layer)
+        if len(full) == 1:
+            return made
+        return jax.tree.map(
+            lambda new, old: jnp.where(
+                full.reshape(-1, *[1] * (old.ndim - 1)), new, old
+            ),
+            made,
+            cache,
+        )
+
+    return each_cache(how.config, caches, changed)
 
 
 @functools.partial(jax.jit, static_argnames=("how", "read"))
@@ -168,11 +200,6 @@ def _settle(caches, *, how: How, read: int):
     return each_cache(
         how.config, caches, lambda cache, layer: how.policy.settle(cache, layer, read)
     )
-
-
-def keep_from(other: Sequence[Cache]):
-    """A change for `each_cache` that takes another tuple's caches."""
-    return lambda _, layer: other[layer.index]
 
 
 @functools.partial(
@@ -187,6 +214,7 @@ def _decode(weights, rows: Rows, keys, limit, eos, *, how: How, sampler, steps):
         draw = jax.vmap(jax.random.fold_in)(keys, rows.start)
         token = sample(logits, draw, sampler)
         active = rows.active & ~jnp.any(token[:, None] == eos[None], 1)
+        positions = jnp.where(active, rows.start, -1)[:, None]
         out = lax.dynamic_update_slice(
             out, jnp.where(active, token, -1)[:, None], (0, i)
         )
@@ -194,10 +222,14 @@ def _decode(weights, rows: Rows, keys, limit, eos, *, how: How, sampler, steps):
             weights,
             rows.caches,
             token[:, None],
-            jnp.where(active, rows.start, -1)[:, None],
+            positions,
             start=rows.start,
             length=rows.start + 1,
         )
+        if how.policy.needs.nll:
+            logp = jax.nn.log_softmax(logits)
+            own = -jnp.take_along_axis(logp, token[:, None], 1)
+            caches = _observe(caches, own, positions, how)
         hidden = jnp.where(active[:, None], h[:, 0], rows.hidden)
         return i + 1, Rows(caches, hidden, rows.start + active, active), out
 
@@ -239,7 +271,10 @@ class Session:
         self.caches: tuple[Any, ...] = self._states(rows, length)
         self.start = np.zeros(rows, np.int32)
         self.last = jnp.zeros((rows, engine.config.width), engine.dtype)
-        self.free = None if room is None else (policy.kept or 0) + room
+        self.free = None  # room each row has left before it overflows
+        if policy.overflow is not None:
+            most = policy.kept - len(policy.overflow.tokens)
+            self.free = np.full(rows, most, np.int32)
 
     @property
     def rows(self) -> int:
@@ -294,7 +329,7 @@ class Session:
             self.caches, self.last = _read_last(
                 self.engine.weights, self.caches, self.last, chunk, how=self.how
             )
-            self.start = self.start + count
+            self._advance(count)
 
     def nll(
         self, rows: np.ndarray, progress: Callable[[int], None] | None = None
@@ -307,11 +342,16 @@ class Session:
             real = rows[:, done + 1 : done + 1 + tokens.shape[1]]
             targets[:, : real.shape[1]] = real
             chunk = Chunk(tokens, jnp.asarray(self.start), jnp.asarray(count), total)
-            self.caches, nll = _read_nll(
-                self.engine.weights, self.caches, targets, chunk, how=self.how
+            self.caches, self.last, nll = _read_nll(
+                self.engine.weights,
+                self.caches,
+                self.last,
+                targets,
+                chunk,
+                how=self.how,
             )
             losses.append(np.asarray(nll[:, : int(count[0])]))
-            self.start = self.start + count
+            self._advance(count)
             done += int(count[0])
             if progress is not None:
                 progress(done)
@@ -329,8 +369,8 @@ class Session:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Up to `limit` more tokens of active rows -> (tokens [B, limit], active)."""
         if self.free is not None:
-            limit = min(limit, self.policy.overflow.room)
-            self._make_room(limit)
+            self._make_room(np.ones(self.rows, np.int32))
+            limit = int(self.free[active].min(initial=limit))
         rows, out = _decode(
             self.engine.weights,
             Rows(self.caches, self.last, jnp.asarray(self.start), jnp.asarray(active)),
@@ -342,7 +382,7 @@ class Session:
             steps=steps,
         )
         self.caches, self.last = rows.caches, rows.hidden
-        self.start = np.asarray(rows.start)
+        self._advance(np.asarray(rows.start) - self.start)
         return np.asarray(out)[:, :limit], np.asarray(rows.active)
 
     def _chunks(self, rows: Texts):
@@ -356,26 +396,29 @@ class Session:
             tokens = np.zeros((len(rows), size), np.int32)
             for b, row in enumerate(rows):
                 tokens[b, : count[b]] = row[done : done + count[b]]
-            self._make_room(size)
+            self._make_room(np.maximum(count, 1))
             yield tokens, count
             done += size
 
-    def _make_room(self, tokens: int) -> None:
-        """Run the policy's overflow step if `tokens` more would not fit."""
-        if self.free is None:
+    def _make_room(self, tokens: np.ndarray) -> None:
+        """The overflow step of rows that `tokens` [B] more would not fit into."""
+        if self.free is None or not (full := tokens > self.free).any():
             return
-        if tokens > self.free:
-            catalyst = np.tile(
-                np.asarray(self.policy.overflow.tokens, np.int32), (self.rows, 1)
-            )
-            start = jnp.asarray(self.start)
-            count = jnp.full_like(start, catalyst.shape[1])
-            chunk = Chunk(catalyst, start, count, start + count)
-            self.caches = _overflow(
-                self.engine.weights, self.caches, chunk, how=self.how
-            )
-            self.free = self.policy.overflow.room
-        self.free -= tokens
+        overflow = self.policy.overflow
+        catalyst = np.tile(np.asarray(overflow.tokens, np.int32), (self.rows, 1))
+        start = jnp.asarray(self.start)
+        count = jnp.where(full, catalyst.shape[1], 0)
+        chunk = Chunk(catalyst, start, count, start + count)
+        self.caches = _overflow(
+            self.engine.weights, self.caches, jnp.asarray(full), chunk, how=self.how
+        )
+        self.free = np.where(full, overflow.room, self.free)
+
+    def _advance(self, count: np.ndarray) -> None:
+        """`count` [B] more tokens of each row have been read or made."""
+        self.start = self.start + count
+        if self.free is not None:
+            self.free = self.free - count
 
     @property
     def how(self) -> How:

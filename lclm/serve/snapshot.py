@@ -34,7 +34,7 @@ def save(file: str | Path, session: Session, stats: Stats, single: bool) -> None
         | {k: v for k, v in to_dict(policy).items() if v is not None},
         "length": session.length,
         "chunk": session.chunk,
-        "free": session.free,
+        "free": None if session.free is None else session.free.tolist(),
         "single": single,
         "stats": asdict(stats),
         "model": to_dict(session.engine.config),
@@ -83,7 +83,9 @@ def load(file: str | Path, engine: Engine) -> tuple[Session, Stats, bool]:
                 f"{old.dtype}{list(old.shape)}; load the model with the dtype it had"
             )
     session.caches = jax.tree.unflatten(tree, loaded)
-    session.start, session.free = arrays["start"], facts["free"]
+    session.start = arrays["start"]
+    if facts["free"] is not None:
+        session.free = np.asarray(facts["free"], np.int32)
     session.last = jnp.asarray(arrays["last"])
     return session, Stats(**facts["stats"]), facts["single"]
 

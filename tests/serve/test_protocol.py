@@ -12,6 +12,7 @@ from lclm.cache import write
 from lclm.cache.base import Cache, Needs, Overflow
 from lclm.cache.policies import Absolute, Full
 from lclm.errors import LclmError
+from lclm.serve.generate import Request
 from lclm.serve.session import Engine, Session
 from tests.tiny import dense_nll, tiny_lm, tokens
 
@@ -50,7 +51,7 @@ class Catalyst(Absolute):
 
     @property
     def kept(self):
-        return self.budget
+        return self.budget + self.overflow.room + len(self.overflow.tokens)
 
     def capacity(self, layer, length):
         return self.budget + self.overflow.room
@@ -173,12 +174,21 @@ def test_a_catalyst_policy_decodes_past_its_capacity():
     assert len(made.tokens) == 30
 
 
-def test_losses_reach_a_policy_that_asks_for_them():
+def test_each_token_read_or_made_is_told_with_its_loss_and_the_first_with_none():
     lm, text = tiny_lm(), tokens(2, 20)
-    held = Session(lm._engine, Sums(), rows=2, length=20, chunk=8)
-    nll = held.nll(text)
-    for cache in held.caches:
-        np.testing.assert_allclose(cache.extra["sum"], nll.sum(1), rtol=1e-5)
+    scored = Session(lm._engine, Sums(), rows=2, length=20, chunk=8)
+    want = scored.nll(text)[:, :-1].sum(1)  # the last loss is of a token not yet read
+    read = Session(lm._engine, Sums(), rows=2, length=20, chunk=8)
+    read.read(text[:, :7].tolist())
+    read.read(text[:, 7:19].tolist())
+    for cache in (*scored.caches, *read.caches):
+        np.testing.assert_allclose(cache.extra["sum"], want, rtol=1e-5)
+    context = lm.prefill(text[0].tolist(), cache=Sums(), chunk=8)
+    made = context._continue(Request(4), stream=False, single=True).tokens
+    whole = np.concatenate([text[0], made])[None]
+    for cache in context.session.caches:
+        want = dense_nll(lm, whole).sum(1)
+        np.testing.assert_allclose(cache.extra["sum"], want, rtol=1e-5)
 
 
 def test_parameters_reach_a_policy_that_brings_them():
