@@ -1,13 +1,21 @@
 """The short string form `name:key=value,...` of policies and patterns."""
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, get_origin
 
 from lclm.errors import LclmError, did_you_mean
 from lclm.registry import Table
 
-WORDS = {int: "a whole number", float: "a number", str: "a word"}
+TEXT = str | tuple[int, ...]
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    TEXT: "text or a list of token ids",
+}
+OPTION = re.compile(r'(?:[^,"]|"[^"]*")+')  # a comma inside quotes parts nothing
 
 
 def build(table: Table, value: Any, example: str) -> Any:
@@ -24,7 +32,9 @@ def split(kind: str, value: Any, example: str) -> tuple[Any, dict[str, Any]]:
     """The name in `value` and its options, as they stand."""
     if isinstance(value, str):
         name, _, text = value.partition(":")
-        pairs = [_pair(kind, value, p, example) for p in text.split(",") if p]
+        if text.count('"') % 2:
+            raise LclmError(f"{kind} {value!r}: a quote is not closed")
+        pairs = [_pair(kind, value, p, example) for p in OPTION.findall(text)]
         return name.strip(), dict(pairs)
     if isinstance(value, dict):
         options = dict(value)
@@ -48,7 +58,7 @@ def _pair(kind: str, whole: str, text: str, example: str) -> tuple[str, str]:
         raise LclmError(
             f"{kind} {whole!r}: {text!r} is not key=value; write {example!r}, say"
         )
-    return key.strip(), value.strip()
+    return key.strip(), re.sub(r'^"(.*)"$', r"\1", value.strip(), flags=re.DOTALL)
 
 
 def _typed(kind: str, make: Callable, name: str, key: str, value: Any) -> Any:
@@ -61,6 +71,8 @@ def _typed(kind: str, make: Callable, name: str, key: str, value: Any) -> Any:
     hint = options[key].annotation
     if isinstance(value, list | tuple) and get_origin(hint) is tuple:
         return _tuples(value)
+    if hint == TEXT:
+        return _text(kind, name, key, value)
     wanted = float if hint in (float, float | None) else str if hint is str else int
     try:
         typed = wanted(value)
@@ -74,3 +86,11 @@ def _typed(kind: str, make: Callable, name: str, key: str, value: Any) -> Any:
 def _tuples(value: Any) -> Any:
     """Nested lists, as a table of JSON has them, as tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _text(kind: str, name: Any, key: str, value: Any) -> str | tuple[int, ...]:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple) and all(type(v) is int for v in value):
+        return tuple(value)
+    raise LclmError(f"{kind} {name!r}: {key}={value!r} is not {WORDS[TEXT]}")
