@@ -118,7 +118,7 @@ class LanguageModel:
         Every token is read by the policy's own rule whatever the chunk; policies that
         compact do so at chunk ends. `progress` is told the tokens read so far.
         """
-        tokens, policy = self._tokens(tokens), policies.make(cache)
+        tokens, policy = self._tokens(tokens), self._policy(cache)
         kept = policy.kept
         rows, length = tokens.shape
         if length < 2:
@@ -172,7 +172,7 @@ class LanguageModel:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         request = Request(max_new_tokens, sampler, stop, seed)
         rows, single = self._rows(prompt)
-        policy = policies.make(cache)
+        policy = self._policy(cache)
         if policy.recompute:
             out = recompute.generate(
                 self._engine, policy, rows, request, self.tokenizer
@@ -189,7 +189,7 @@ class LanguageModel:
     ) -> "Context":
         """Read once, ask many times: the question is not known yet."""
         rows, single = self._rows(text)
-        policy = policies.make(cache)
+        policy = self._policy(cache)
         if policy.recompute:
             raise LclmError(
                 "recompute keeps no cache to read into; use it with nll or generate"
@@ -214,7 +214,7 @@ class LanguageModel:
 
     def cache_bytes(self, cache: Policy, length: int, batch: int = 1) -> int:
         """Bytes of caches and states for rows of `length` tokens, from shapes."""
-        policy, _ = policies.make(cache).resolve(self.config)
+        policy, _ = self._policy(cache).resolve(self.config)
         dtype = self._engine.cache_dtype
         return state_bytes(self.config, policy, batch, length, dtype)
 
@@ -246,6 +246,9 @@ class LanguageModel:
         )
         self.last_stats = stats
         return Context(self, session, stats)
+
+    def _policy(self, cache: Policy) -> CachePolicy:
+        return policies.make(cache).encoded(self.tokenizer)
 
     def _tokens(self, tokens: Any) -> np.ndarray:
         """int32 [B, T], every id inside the vocabulary."""

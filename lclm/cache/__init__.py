@@ -49,6 +49,10 @@ POLICIES = Table(
         "locret": Entry(
             "lclm.cache.locret:Locret", "trained retaining heads choose (2410.01805)"
         ),
+        "infinipot": Entry(
+            "lclm.cache.infinipot:InfiniPot",
+            "a pot distilled by novelty and a catalyst when full (2410.01518)",
+        ),
         "keydiff": Entry("lclm.cache.scores:KeyDiff", "unusual keys stay (2504.15364)"),
         "quest": Entry(
             "lclm.cache.quest:Quest",

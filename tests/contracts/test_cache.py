@@ -9,19 +9,21 @@ import pytest
 from lclm import cache as policies
 from lclm.blocks.layer import state_bytes
 from lclm.cache.base import measured_bytes
+from lclm.cache.evict import Evicting
 from lclm.serve.session import Session
 from tests.tiny import dense_nll, tiny_lm, tokens
 
 LENGTH = 40
 CACHED = [n for n in policies.POLICIES if not policies.POLICIES[n].recompute]
-CHOOSING = [n for n in CACHED if policies.POLICIES[n].compacts]
+CHOOSING = [n for n in CACHED if issubclass(policies.POLICIES[n], Evicting)]
+STEADY = [n for n in CACHED if not policies.POLICIES[n].compacts]
 # What a policy needs beside its size to run over the tiny model.
 GIVEN = {
     "duo": {"sinks": 2, "heads": ((True, False), (False, True))},
     "locret": {"heads": "random"},
+    "infinipot": {"catalyst": (5,)},
     "quest": {"page": 1, "dense": 1},
 }
-STEADY = [n for n in CACHED if n not in CHOOSING]
 # Slots as codes: a few policies stand for all of them.
 CODED = ["full:bits=8", "h2o:bits=4", "quantised:residual=8,group=4"]
 
