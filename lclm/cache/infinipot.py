@@ -260,17 +260,18 @@ class InfiniPot(Absolute):
             read.within_call(q, new, step, layer, window=spec.window),
         ]
         out, lse = read.combine(parts, sink)
+        at = step.after(out).positions
 
         def sums(q: Array, lse: Array, at: Array) -> Array:
             shared = {"scale": spec.scale, "softcap": spec.softcap}
             return column_sums(q, kv.k, lse, at, kv.pos, **shared)
 
         if self.reduce == "sum":
-            return out, sums(q, lse, step.positions)
+            return out, sums(q, lse, at)
         each = (
             jnp.moveaxis(q, 1, 0)[:, :, None],
             jnp.moveaxis(lse, 2, 0)[..., None],
-            step.positions.T[..., None],
+            at.T[..., None],
         )
         return out, jnp.max(lax.map(lambda one: sums(*one), each), 0)
 

@@ -223,6 +223,7 @@ def test_decoding_past_a_full_pot_is_reading_one_token_at_a_time():
     lm, text = tiny_lm(), tokens(1, 8)[0].tolist()
     context = lm.prefill(text, cache=POT, chunk=8)
     asked = context.session.fork()
+    asked.reserve(60)
     made = context.generate([3, 4], 30).tokens
     asked.read([[3, 4]])
     for token in made:
