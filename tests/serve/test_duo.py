@@ -16,6 +16,7 @@ from lclm.cache.duo import Duo, binarised
 from lclm.cache.step import make_step
 from lclm.errors import LclmError
 from lclm.learned import Extra, save_extra, shape
+from lclm.models.presets import preset
 from lclm.ops.rope import angles, rotate
 from lclm.serve.session import Session
 from pallas_kernels import mask as masks
@@ -146,6 +147,14 @@ def test_gates_are_read_from_a_file_made_for_this_model(tmp_path, monkeypatch):
     assert ready.resolve(config) == (ready, None)
     monkeypatch.setattr(learned, "FOLDER", tmp_path)
     assert policies.make("duo").resolve(config)[0].heads == MIXED
+
+
+def test_gates_come_with_lclm_for_smollm2():
+    config = preset("smollm2-135m")
+    for sparsity, full in ((0.5, 45), (0.75, 23)):
+        heads = Duo(sparsity=sparsity).resolve(config)[0].heads
+        assert sum(map(sum, heads)) == full
+    assert Duo(sparsity=1.0).resolve(config)[0].kept == 64 + 256
 
 
 def test_gates_of_another_model_are_refused(tmp_path, monkeypatch):
