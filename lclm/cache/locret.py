@@ -69,6 +69,11 @@ class Locret(Evicting):
                 at_least(f"locret: {name}", getattr(self, name), 0)
         if self.positions not in POSITIONS:
             raise unknown("positions of locret", self.positions, POSITIONS)
+        if self.bits and self.ordered:
+            raise LclmError(
+                f"locret: bits={self.bits} with positions=slot, which rotates all "
+                "slots in every call and would decode them all; use positions=absolute"
+            )
         super().__post_init__()
 
     @property

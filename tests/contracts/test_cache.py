@@ -25,7 +25,7 @@ GIVEN = {
     "quest": {"page": 1, "dense": 1},
 }
 # Slots as codes: a few policies stand for all of them.
-CODED = ["full:bits=8", "h2o:bits=4", "quantised:residual=8,group=4"]
+CODED = ["h2o:bits=4", "quantised:residual=8,group=4"]
 
 
 def make(name: str, budget: int) -> policies.CachePolicy:
@@ -74,7 +74,7 @@ def test_losses_do_not_depend_on_the_chunk(name):
         np.testing.assert_allclose(split, whole, atol=3e-5)
 
 
-@pytest.mark.parametrize("name", CACHED + CODED)
+@pytest.mark.parametrize("name", [*CACHED, *CODED, "full:bits=8", "duo:bits=8"])
 def test_measured_bytes_equal_the_formula_and_stay_in_budget(name):
     lm, policy = tiny_lm(), make(name, 9)
     held = session(name, 9, rows=3)

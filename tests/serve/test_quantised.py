@@ -167,6 +167,7 @@ def test_a_coded_context_is_saved_grown_and_read_again(tmp_path):
     [
         ("full:bits=3", "full: bits is 3; use 2, 4 or 8"),
         ("h2o:bits=16", "h2o: bits is 16"),
+        ("locret:bits=4,positions=slot", "use positions=absolute"),
         ("quantised:bits=0", "use 2, 4 or 8"),
         ("quantised:residual=100", "no multiple of group 32; use 96"),
         ("quantised:residual=16", "at least 32"),
