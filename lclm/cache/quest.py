@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from lclm.cache import read, write
 from lclm.cache.base import (
+    KV,
     Cache,
     CachePolicy,
     HeadGroup,
@@ -122,41 +123,55 @@ class Quest(CachePolicy):
         layer: Layer,
         sink: Array | None = None,
     ) -> tuple[Array, Cache]:
-        """Write the call's tokens, then read the pages that each query chooses."""
+        """Read the pages that each query chooses, and keep the call's tokens.
+
+        One token reads the slots before it and itself, then is written: a buffer that
+        is written first would be copied. Several are written first, for a page that one
+        of them ends is open to those behind it.
+        """
         if "bounds" not in cache.extra:
             return Full().attend(cache, heads, step, layer, sink)
-        spec = layer.spec
-        if self.prefill == "dense" and heads.q.shape[1] > 1:
-            out, _, _ = read.absolute(cache, heads, step, layer, sink, Needs())
-            return out, self._write(cache, heads, step.after(out), layer)
-        cache = self._write(cache, heads, step, layer)
-        (kv,), bounds = cache.groups, cache.extra["bounds"]
-        out, _ = paged_attention(
-            step.rotate(heads.q, spec.rope),
+        one = heads.q.shape[1] == 1
+        if self.prefill == "dense" and not one:
+            out, _, new = read.absolute(cache, heads, step, layer, sink, Needs())
+            return out, self._write(cache, new, step.after(out))
+        q = step.rotate(heads.q, layer.spec.rope)
+        new = read.new_tokens(heads, step, layer)
+        if one:
+            parts = [
+                self._paged(cache, q, step, layer, step.start),
+                read.within_call(q, new, step, layer, window=None),
+            ]
+            out, _ = read.combine(parts, sink)
+            return out, self._write(cache, new, step.after(out))
+        cache = self._write(cache, new, step)
+        part = self._paged(cache, q, step, layer, step.start + step.count)
+        return read.combine([part], sink)[0], cache
+
+    def _paged(
+        self, cache: Cache, q: Array, step: Step, layer: Layer, length: Array
+    ) -> tuple[Array, Array]:
+        """(out, lse) over the chosen pages of slots before `length` [B]."""
+        (kv,) = cache.groups
+        return paged_attention(
+            q,
             kv.k,
             kv.v,
-            bounds,
+            cache.extra["bounds"],
             step.positions,
             self.choice,
-            scale=spec.scale,
-            softcap=spec.softcap,
-            sink=sink,
-            length=jnp.max(step.start + step.count),
+            scale=layer.spec.scale,
+            softcap=layer.spec.softcap,
+            length=length,
         )
-        return out, cache
 
-    def _write(self, cache: Cache, heads: Heads, step: Step, layer: Layer) -> Cache:
+    def _write(self, cache: Cache, new: KV, step: Step) -> Cache:
         """Every token in the slot of its position, and the bounds of its page."""
-        (kv,) = cache.groups
-        kv = write.append(kv, read.new_tokens(heads, step, layer), step)
+        (kv,), end = cache.groups, step.start + step.count
         bounds = refresh_bounds(
-            cache.extra["bounds"],
-            kv.k,
-            step.start,
-            step.start + step.count,
-            page=self.page,
-            width=heads.q.shape[1],
+            cache.extra["bounds"], kv.k, new.k, step.start, end, page=self.page
         )
+        kv = write.append(kv, new, step.after(bounds))
         return Cache((kv,), {"bounds": bounds})
 
     def _foreign(self, layer: Layer) -> bool:

@@ -83,29 +83,32 @@ def _bounds(k, start, length, page: int):
 def refresh_bounds(
     bounds: jax.Array,
     k: jax.Array,
+    new: jax.Array,
     start: jax.Array,
     length: jax.Array,
     *,
     page: int,
-    width: int,
 ) -> jax.Array:
-    """Bounds after up to `width` keys were written from slot `start` [B] on.
+    """Bounds once keys `new` [B, K, T, H] stand in slots `start` [B] and behind of `k`.
 
-    The pages touched are taken afresh from the `length` [B] keys that are there, so
-    keys written over or taken back leave no trace.
+    `length` [B] slots are set then. The pages touched are taken afresh from what they
+    hold, so keys written over or taken back leave no trace. `k` is only read.
     """
-    pages = bounds.shape[2]
+    pages, width = bounds.shape[2], new.shape[2]
     touched = min((width + page - 2) // page + 1, pages)
 
-    def one(old, keys, at, end):
+    def one(old, keys, values, at, end):
         first = jnp.clip(at // page, 0, pages - touched)
         mine = lax.dynamic_slice_in_dim(keys, first * page, touched * page, 1)
-        new = _bounds(mine[None], (first * page)[None], end[None], page)[0]
-        return lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), first, 1)
+        slot = first * page + lax.iota(jnp.int32, touched * page)
+        written = jnp.take(values, jnp.clip(slot - at, 0, width - 1), 1)
+        mine = jnp.where((slot < at)[:, None], mine, written.astype(mine.dtype))
+        fresh = _bounds(mine[None], (first * page)[None], end[None], page)[0]
+        return lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), first, 1)
 
     if bounds.shape[0] == 1:
-        return one(bounds[0], k[0], start[0], length[0])[None]
-    return jax.vmap(one)(bounds, k, start, length)
+        return one(bounds[0], k[0], new[0], start[0], length[0])[None]
+    return jax.vmap(one)(bounds, k, new, start, length)
 
 
 def upper_bounds(q: jax.Array, bounds: jax.Array) -> jax.Array:
@@ -190,23 +193,32 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of `q` [B, T, N, H] over the pages each query chooses.
 
-    The cache `k`, `v` [B, K, C, H] holds position p in slot p, those of the queries
-    included; `bounds` are those of its pages. One query a row reads the bounds and its
-    pages, nothing else; several read the cache up to `length` in blocks. Other
+    The cache `k`, `v` [B, K, C, H] holds position p in slot p, and `bounds` are those
+    of its pages; slots from `length`, int or [B], on are empty (a query's own key may
+    be among them: bounds are asked of the pages before its own). One query a row reads
+    the bounds and its pages, nothing else; several read the cache in blocks. Other
     arguments, the result and errors as in `cached_attention`.
     """
     _check_pages(q, k, v, bounds, q_pos, choice)
     _check_options(None, sink, q.shape[2])
     options = {"scale": scale, "softcap": softcap, "sink": sink}
     C = k.shape[2]
+    length = jnp.broadcast_to(jnp.asarray(C if length is None else length), len(q))
     if choice.count * choice.page >= C:
-        places = jnp.broadcast_to(lax.iota(jnp.int32, C), (k.shape[0], 1, C))
-        return cached_attention(q, k, v, q_pos, places, length=length, **options)
+        places = _before(length, lax.iota(jnp.int32, C)[None, None])
+        used = jnp.max(length)
+        return cached_attention(q, k, v, q_pos, places, length=used, **options)
     if q.shape[1] == 1:
         index = select_pages(q, bounds, q_pos, choice)[:, 0]
         k, v, places = _gather(k, v, index, choice.page)
+        places = _before(length, places)
         return cached_attention(q, k, v, q_pos, places, **options)
     return _by_blocks(q, k, v, bounds, q_pos, choice, length, options)
+
+
+def _before(length, places):
+    """Positions [B, ...], -1 from each row's `length` on."""
+    return jnp.where(places < length[:, None, None], places, -1)
 
 
 def _gather(k, v, index, page: int):
@@ -243,11 +255,12 @@ def _by_blocks(q, k, v, bounds, q_pos, choice: Selection, length, options):
     short = jnp.max(q_pos) < choice.count * choice.page
     mine = lax.cond(short, lambda: jnp.ones((B, K, T, pages), bool), choose)
     scale = H**-0.5 if options["scale"] is None else options["scale"]
-    scoring = _Chosen(q_pos, None, scale, options["softcap"], N // K, mine, choice.page)
+    last = jnp.minimum(q_pos, length[:, None] - 1)
+    scoring = _Chosen(last, None, scale, options["softcap"], N // K, mine, choice.page)
     block = max(1, _block(B * N * T, C) // choice.page) * choice.page
     places = lax.iota(jnp.int32, C)[None, None]
     rows = scoring.rows(q)
-    state = _blocks(scoring, rows, k, v, places, length, block)
+    state = _blocks(scoring, rows, k, v, places, jnp.max(length), block)
     return _finish(state, (B, T, N), v.dtype, options["sink"])
 
 

@@ -23,6 +23,7 @@ LENGTH = np.array([45, 18])  # rows end inside a page
 
 attend = jax.jit(paged_attention, static_argnames=("choice", "scale", "softcap"))
 bounds_of = jax.jit(page_bounds, static_argnames="page")
+refresh = jax.jit(refresh_bounds, static_argnames="page")
 select = jax.jit(select_pages, static_argnames="choice")
 dense = jax.jit(cached_attention)
 
@@ -161,9 +162,12 @@ def test_bounds_kept_up_by_calls_of_any_width_equal_those_taken_at_once():
     for width, count in steps:
         start = jnp.asarray(length)
         length = length + np.array(count, np.int32)
-        bounds = refresh_bounds(
-            bounds, k, start, jnp.asarray(length), page=P, width=width
+        index = jnp.minimum(start[:, None] + jnp.arange(width), C - 1)
+        new = jnp.take_along_axis(k, index[:, None, :, None], 2)
+        held = jnp.where(
+            jnp.arange(C)[None, :, None] < start[:, None, None, None], k, 7
         )
+        bounds = refresh(bounds, held, new, start, jnp.asarray(length), page=P)
         np.testing.assert_array_equal(bounds, bounds_of(k, jnp.asarray(length), P))
 
 
@@ -171,7 +175,8 @@ def test_bounds_after_taking_tokens_back_are_those_of_what_is_left():
     _, k, _, bounds, _ = case()
     back = jnp.asarray(LENGTH - 6)
     other = k.at[0, :, 39].multiply(0.5).at[1, :, 12].multiply(0.5)
-    got = refresh_bounds(bounds, other, back, back + 1, page=P, width=1)
+    new = jnp.take_along_axis(other, back[:, None, None, None], 2)
+    got = refresh(bounds, k, new, back, back + 1, page=P)
     want = bounds_of(other, back + 1, P)
     for b in range(B):
         held = (LENGTH[b] - 6) // P + 1
@@ -216,6 +221,18 @@ def test_empty_slots_and_pages_leave_no_trace():
         np.testing.assert_array_equal(a, b)
     empty = bounds_of(k, jnp.zeros(B, jnp.int32), P)
     assert (np.asarray(upper_bounds(q, empty)) < -1e30).all()
+
+
+@pytest.mark.parametrize("choice", [CHOICES[0], Selection(P, C // P)], ids=str)
+@pytest.mark.parametrize("T", [1, 14])
+def test_slots_from_the_length_on_are_not_seen(T, choice):
+    q, k, v, bounds, q_pos = case(T)
+    length = jnp.asarray(LENGTH - 1)
+    out, lse = attend(q, k, v, bounds, q_pos, choice, length=length)
+    changed = [x.at[0, :, 44].set(-5.0).at[1, :, 17].set(9.0) for x in (k, v)]
+    again = attend(q, *changed, bounds, q_pos, choice, length=length)
+    np.testing.assert_array_equal(out, again[0])
+    np.testing.assert_array_equal(lse, again[1])
 
 
 def test_padding_attends_to_nothing():
