@@ -11,11 +11,13 @@ from lclm.blocks.attention import Attention, dense_attention
 from lclm.cache.base import Heads
 from lclm.cache.step import Step
 from lclm.config import ModelConfig
+from lclm.errors import unknown
 from lclm.models.trunk import Trunk
 from lclm.objectives.base import Share, full_attention
 from lclm.ops.retaining import scores
 from lclm.typing import Array, Batch, Bool, Float, Int, Leaf, Params
 
+ASKS = ("answers", "predictors")
 QUERIES = 128  # queries whose logits are held at once
 
 
@@ -27,11 +29,19 @@ class LocretHeads:
     of an answer, over the kv head's query heads; the frozen model gives it in the same
     pass. Smooth-L1 to the target over prompt tokens, plus `smooth` times the squared
     difference of neighbours' scores. Answers are tokens with weight as targets; prompt
-    tokens are those before an answer of their document. Settings are the paper's.
+    tokens are those before an answer of their document. Settings are the paper's, but
+    for asks="predictors": the query that predicts an answer's first token counts too.
+    It is the prompt's last, no token of the answer; without it nothing learns to keep
+    how an answer begins, which is much of a short one.
     """
 
     hidden: int = 1024
     smooth: float = 0.0025
+    asks: str = "answers"
+
+    def __post_init__(self):
+        if self.asks not in ASKS:
+            raise unknown("queries of locret_heads", self.asks, ASKS)
 
     def check(self, config: ModelConfig, length: int) -> None:
         """Raise LclmError unless attention is full and alike in all its layers."""
@@ -62,7 +72,7 @@ class LocretHeads:
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """Share of the distance to the targets, and of the scores' roughness."""
         layers, _ = full_attention(trunk.config, "locret_heads")
-        probe = LocretProbe(*roles(batch))
+        probe = LocretProbe(asking(batch, self.asks), roles(batch)[1])
         _, sums = trunk.probed(params, batch, probe, params["objective"])
         fit = sums["fit"] / (layers * share.weight)
         rough = sums["rough"] / share.weight
@@ -84,6 +94,12 @@ def roles(batch: Batch) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
     place = jnp.minimum(coming, T - 1)
     own = jnp.take_along_axis(segments, place, 1) == segments
     return answer, own & (coming < T) & (segments > 0) & ~answer
+
+
+def asking(batch: Batch, asks: str) -> Bool[Array, "B T"]:
+    """Whose queries make the targets: answers, or those that predict them as well."""
+    answer = roles(batch)[0]
+    return answer if asks == "answers" else answer | (batch["weights"] > 0)
 
 
 @jax.tree_util.register_dataclass

@@ -18,7 +18,7 @@ from lclm.errors import LclmError
 from lclm.learned import Extra, load_extra, save_extra, shape
 from lclm.models.decoder import init_params
 from lclm.objectives.duo_gates import DuoProbe
-from lclm.objectives.locret_heads import received, roles
+from lclm.objectives.locret_heads import asking, received, roles
 from lclm.train.config import train_config
 from lclm.train.loop import Trained, Trainer
 from lclm.train.step import Step
@@ -197,6 +197,17 @@ def test_targets_of_retaining_heads_are_the_largest_logits_from_answers():
     assert counted > 20
     assert answer[0].nonzero()[0].min() == 17 and not (answer & prompt).any()
     assert prompt[0, :17].all() and not prompt[0, 17:].any()
+
+
+def test_the_query_that_predicts_an_answer_may_ask_too():
+    batch = batch_of()
+    answers = np.asarray(asking(batch, "answers"))
+    predictors = np.asarray(asking(batch, "predictors"))
+    np.testing.assert_array_equal(answers, roles(batch)[0])
+    assert predictors[0].nonzero()[0].tolist() == [*range(16, LENGTH)]
+    assert answers[0].nonzero()[0].tolist() == [*range(17, LENGTH)]
+    with pytest.raises(LclmError, match="did you mean 'answers'"):
+        objectives.make("locret_heads:asks=answer")
 
 
 def test_what_was_trained_reads_back_with_its_base(tmp_path):
