@@ -140,8 +140,7 @@ def by_slot(
     at = jnp.where(step.valid, held + step.positions - step.start[:, None], -1)
     slots = lax.iota(jnp.int32, kv.k.shape[2])[None]
     q, k = (step.rotate_to(x, at, spec.rope) for x in (heads.q, heads.k))
-    stored = jnp.swapaxes(kv.k.astype(heads.k.dtype), 1, 2)
-    old = step.rotate_to(stored, slots, spec.rope)
+    old = step.rotate_to(jnp.swapaxes(kv.k, 1, 2), slots, spec.rope)
     new = read.new_tokens(Heads(heads.q, k, heads.v), step, layer, rotated=False)
     parts = [
         read.over_slots(

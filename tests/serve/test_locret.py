@@ -128,11 +128,6 @@ def test_a_budget_of_the_whole_text_is_full_attention(positions, chunk, last):
     np.testing.assert_allclose(run(policy, chunk)[0], dense(), atol=2e-5)
 
 
-def test_unrotated_keys_may_be_codes():
-    policy = Locret(budget=LENGTH, positions="slot", bits=8)
-    np.testing.assert_allclose(run(policy, 10)[0], dense(), atol=0.03)
-
-
 @pytest.mark.parametrize("chunk", [1, 10])
 def test_scores_travel_with_their_slots_and_never_change(chunk):
     _, caches = run(NEAR, chunk)
@@ -264,6 +259,7 @@ def test_random_heads_are_the_same_for_the_same_seed():
         ("locret:recent=4", "stabilizers="),
         ("locret:local=-1", "at least 0"),
         ("locret:positions=cycle", "slot"),
+        ("locret:positions=slot,bits=4", "positions=absolute"),
         ("locret:stabilisers=3", "did you mean 'stabilizers'"),
     ],
 )
