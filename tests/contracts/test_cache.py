@@ -28,6 +28,12 @@ GIVEN = {
 CODED = ["h2o:bits=4", "quantised:residual=8,group=4"]
 
 
+def some(names: list[str], *quick: str) -> list:
+    """All names; those beside `quick` only among the slow tests."""
+    slow = pytest.mark.slow
+    return [n if n in quick else pytest.param(n, marks=slow) for n in names]
+
+
 def make(name: str, budget: int) -> policies.CachePolicy:
     """The policy with its sizes set to about `budget` tokens, and `name`'s options."""
     name, _, text = name.partition(":")
@@ -65,7 +71,7 @@ def test_codes_of_a_whole_text_are_near_full_attention():
     assert 0 < np.mean(near) < 0.05
 
 
-@pytest.mark.parametrize("name", STEADY)
+@pytest.mark.parametrize("name", some(STEADY, "streaming", "duo", "quest"))
 def test_losses_do_not_depend_on_the_chunk(name):
     text = tokens(1, LENGTH)
     whole = tiny_lm().nll(text, cache=make(name, 9), chunk=LENGTH)
@@ -87,7 +93,7 @@ def test_measured_bytes_equal_the_formula_and_stay_in_budget(name):
         assert np.mean(slots) <= policy.kept
 
 
-@pytest.mark.parametrize("name", STEADY)
+@pytest.mark.parametrize("name", some(STEADY, "streaming", "duo"))
 def test_chunked_reading_stores_what_token_by_token_reading_stores(name):
     text = tokens(1, LENGTH).tolist()
     chunked, single = session(name, 9), session(name, 9, chunk=1)
@@ -99,7 +105,7 @@ def test_chunked_reading_stores_what_token_by_token_reading_stores(name):
         assert a[-1] == LENGTH - 1
 
 
-@pytest.mark.parametrize("name", CACHED + CODED)
+@pytest.mark.parametrize("name", some(CACHED + CODED, "streaming", "snapkv", "duo"))
 def test_rows_of_a_ragged_batch_are_independent(name):
     lm, policy = tiny_lm(), make(name, 9)
     rows = [tokens(1, n, seed=n)[0].tolist() for n in (3, 20, 37)]
@@ -108,7 +114,7 @@ def test_rows_of_a_ragged_batch_are_independent(name):
         assert lm.generate(row, 6, cache=policy, chunk=16).tokens == result.tokens
 
 
-@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("name", some(CACHED, "full", "h2o"))
 def test_a_second_text_is_untouched_by_the_first_and_compiles_nothing(name):
     from lclm.serve import session as module
 
@@ -147,7 +153,7 @@ def test_a_chosen_cache_is_full_sorted_and_holds_what_it_protects(name):
                     assert {*range(policy.sinks), *recent} <= set(found)
 
 
-@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("name", some(CHOOSING, "h2o", "pyramidkv"))
 def test_a_prompt_is_cut_once_and_what_follows_is_kept(name):
     lm = tiny_lm()
     policy = dataclasses.replace(make(name, 9), at="end")
@@ -163,7 +169,7 @@ def test_a_prompt_is_cut_once_and_what_follows_is_kept(name):
     assert max(want) < lm.cache_bytes("full", 37, batch=2) / 4
 
 
-@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("name", some(CHOOSING, "snapkv"))
 def test_a_prompt_within_the_budget_is_not_cut(name):
     lm, row = tiny_lm(), tokens(1, 20)[0].tolist()
     policy = dataclasses.replace(make(name, LENGTH), at="end")
