@@ -1,7 +1,7 @@
 """What SmolLM2-135M reads past its 8k, by rotary positions and by training.
 
     lclm run --config=experiments/longlora/evaluate.py
-    lclm run --config=experiments/longlora/evaluate.py:length=16384,passkey=false
+    lclm run --config=experiments/longlora/evaluate.py:length=16384,only=NTK
 
 Persuasion, which no training saw, as one text of 32k tokens under full attention; then
 a passkey past the trained length. About 90 minutes on 2 CPU cores; any measurement that
@@ -11,8 +11,10 @@ is finished is kept when it is interrupted.
 import ml_collections
 
 
-def get_config(length=32768, passkey=True, adapter="experiments/longlora/adapter"):
-    """`length`: tokens of the novel; `adapter`: of `train.py`."""
+def get_config(
+    length=32768, passkey=True, adapter="experiments/longlora/adapter", only=""
+):
+    """`length`: tokens of the novel; `adapter`: of `train.py`; `only`: one model."""
     config = ml_collections.ConfigDict()
     config.name = "longlora-eval"
     config.title = "SmolLM2-135M past 8k"
@@ -25,6 +27,7 @@ def get_config(length=32768, passkey=True, adapter="experiments/longlora/adapter
         dict(name="PI", rope="linear:factor=4"),
         dict(name="as trained"),
     ]
+    config.models = [m for m in config.models if only in ("", m["name"])]
     config.stages = [
         dict(
             eval="perplexity",
