@@ -237,7 +237,13 @@ class Evicting(Absolute):
             return Cache((kv,), {"score": score, **notes})
         slots, both = kv.k.shape[2], write.joined(kv, new)
         score = jnp.concatenate([old, fresh], 2)
-        score, notes = self.rate(both, score, notes, layer)
+        found = self.rate(both, score, notes, layer)
+        # Scores of rows that this call read nothing of stay those of their last one.
+        score, notes = jax.tree.map(
+            lambda new, old: jnp.where(_rows(step.count > 0, old), new, old),
+            found,
+            (score, notes),
+        )
         kv, score = self._best(both, score, last, slots, layer)
         return Cache((kv,), {"score": score, **notes})
 
@@ -300,3 +306,8 @@ class Evicting(Absolute):
         spec = layer.spec
         narrow = spec.window is not None and spec.window <= self.budget
         return spec.static or narrow
+
+
+def _rows(flags: Array, like: Array) -> Array:
+    """Flags [B] against arrays whose first axis is the row."""
+    return flags.reshape(-1, *[1] * (like.ndim - 1))
