@@ -25,10 +25,10 @@ demo: install  ## the demonstration: a real model over four times its trained co
 	$(VENV)/bin/lclm run --config=configs/demo.py
 
 test: install  ## the fast tests (at most 15 minutes on 2 cores)
-	$(PY) -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 test-all: install  ## every test
-	$(PY) -m pytest -n 2 $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.requirements  ## ruff: rules and format
 	$(PY) -m ruff check .

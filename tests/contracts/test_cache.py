@@ -80,14 +80,16 @@ def test_losses_do_not_depend_on_the_chunk(name):
         np.testing.assert_allclose(split, whole, atol=3e-5)
 
 
-@pytest.mark.parametrize("name", [*CACHED, *CODED, "full:bits=8", "duo:bits=8"])
-def test_measured_bytes_equal_the_formula_and_stay_in_budget(name):
+@pytest.mark.parametrize("name", some([*CACHED, *CODED, "full:bits=8"], *CACHED))
+def test_a_donated_cache_has_the_bytes_of_the_formula_and_stays_in_budget(name):
     lm, policy = tiny_lm(), make(name, 9)
     held = session(name, 9, rows=3)
     want = state_bytes(lm.config, policy, 3, LENGTH, np.float32)
     assert measured_bytes(held.caches) == want
+    before = jax.tree.leaves([cache.groups for cache in held.caches])
     held.read(tokens(3, LENGTH).tolist())
     assert measured_bytes(held.caches) == want
+    assert all(leaf.is_deleted() for leaf in before if leaf.size)
     if policy.kept is not None:
         slots = [sum(g.k.shape[2] for g in cache.groups) for cache in held.caches]
         assert np.mean(slots) <= policy.kept
@@ -125,14 +127,6 @@ def test_a_second_text_is_untouched_by_the_first_and_compiles_nothing(name):
     again = lm.generate(text[:1].tolist(), 4, cache=make(name, 9), chunk=16)[0].tokens
     assert again == first
     assert compiled == (module._decode._cache_size(), module._read_last._cache_size())
-
-
-@pytest.mark.parametrize("name", CACHED)
-def test_the_cache_is_donated(name):
-    held = session(name, 9)
-    before = jax.tree.leaves([cache.groups for cache in held.caches])
-    held.read(tokens(1, 16).tolist())
-    assert all(leaf.is_deleted() for leaf in before if leaf.size)
 
 
 @pytest.mark.parametrize("name", CHOOSING)

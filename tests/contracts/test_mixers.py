@@ -51,6 +51,11 @@ VOCAB, WIDTH, LENGTH = 31, 16, 14
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5}
 
 
+def late(name: str, dtype: str) -> bool:
+    """Whether a case waits for the slow tests: float32, and variants of a mixer."""
+    return dtype == "float32" or name in ("mamba-jamba", "infini-linear")
+
+
 class Case:
     """One layer as a model, its compiled calls, and a text of two rows."""
 
@@ -146,7 +151,7 @@ class Case:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((name, dtype), marks=[pytest.mark.slow] * (dtype == "float32"))
+        pytest.param((name, dtype), marks=[pytest.mark.slow] * late(name, dtype))
         for name in LAYERS
         for dtype in TOLERANCE
     ],
