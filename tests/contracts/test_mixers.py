@@ -53,7 +53,7 @@ TOLERANCE = {"float64": 1e-12, "float32": 2e-5}
 
 def late(name: str, dtype: str) -> bool:
     """Whether a case waits for the slow tests: float32, and variants of a mixer."""
-    return dtype == "float32" or name in ("mamba-jamba", "infini-linear")
+    return dtype == "float32" or name in ("window", "mamba-jamba", "infini-linear")
 
 
 class Case:

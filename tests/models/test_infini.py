@@ -320,6 +320,7 @@ def test_a_model_reads_in_chunks_of_any_size_what_it_reads_at_once(spec):
         np.testing.assert_allclose(nll, want, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_model_generates_what_its_dense_pass_predicts():
     lm, prompt = model(), tokens(1, 13)[0].tolist()
     made = lm.generate(prompt, 12, chunk=16).tokens

@@ -108,6 +108,7 @@ def test_packed_documents_compute_what_they_do_alone_gradients_too():
     jax.tree.map(lambda a, b, c: close(a, b + c, 5e-5), one, *two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_losses_read_in_chunks_are_those_of_one_shot(chunk):
     lm, text = tiny_lm(), tokens(2, 23)

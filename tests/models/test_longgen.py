@@ -57,6 +57,7 @@ def test_a_cache_gives_the_losses_of_the_dense_pass_at_any_chunk(kinds):
         np.testing.assert_allclose(nll, want, atol=3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [("sink", "full"), ("block", "full")])
 def test_a_window_as_long_as_the_text_leaves_a_layer_its_pattern(kinds):
     lm, text = model(*kinds), tokens(1, LENGTH)

@@ -74,6 +74,7 @@ def largest(found, expected):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 10])
 def test_the_block_form_and_its_gradients_are_those_of_the_recurrence(
     chunk, monkeypatch
@@ -215,6 +216,7 @@ def test_generation_is_greedy_dense_decoding_whatever_the_prefill_chunk(lm):
     assert ragged[0].tokens == lm.generate(prompt[:3], 6).tokens
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_on_a_text_that_repeats():
     text = jnp.tile(jnp.arange(3, 10), (2, 4))
     params = init_params(CONFIG, jax.random.key(1))

@@ -79,6 +79,7 @@ def test_double_precision_stays_double():
             assert_close(value_and_grads(form)(*arguments), expected, 1e-12)
 
 
+@pytest.mark.slow
 def test_half_precision_rounds_once_a_product():
     x, router, experts = problem(40, jnp.bfloat16)
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), (x, router, experts))

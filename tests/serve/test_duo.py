@@ -191,6 +191,7 @@ def test_the_same_seed_draws_the_same_gates_and_the_same_count():
     assert {sum(map(sum, heads)) for heads in drawn} == {2}
 
 
+@pytest.mark.slow
 def test_a_saved_context_keeps_its_heads_and_needs_no_gates(tmp_path):
     lm = tiny_lm()
     gates = gates_for(lm.config, tmp_path)

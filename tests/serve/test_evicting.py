@@ -209,6 +209,7 @@ def test_heads_that_want_more_get_more_and_the_sum_stays():
         assert set(np.asarray(kv.pos[0, 0]).tolist()) == wanted
 
 
+@pytest.mark.slow
 def test_a_head_of_its_own_size_reads_its_own_tokens():
     equal = H2O(budget=LENGTH, recent=2, at="end")
     varied = dataclasses.replace(equal, budget=24, ada=0.5)
@@ -270,6 +271,7 @@ def test_a_text_behind_a_context_loses_what_it_loses_behind_it():
     np.testing.assert_array_equal(context.nll(text[0, 20:]), got)
 
 
+@pytest.mark.slow
 def test_a_cut_context_is_saved_and_loaded(tmp_path):
     lm, row = tiny_lm(), tokens(1, 30)[0].tolist()
     context = lm.prefill(row, cache="snapkv:budget=8,at=end", chunk=16)

@@ -103,6 +103,7 @@ class Pot:
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rope",
     [
@@ -241,6 +242,7 @@ def lm_logits(lm: LanguageModel, session: Session) -> np.ndarray:
     return np.asarray(session.last @ table.T)[0]
 
 
+@pytest.mark.slow
 def test_a_saved_pot_goes_on_as_if_it_had_not_been(tmp_path):
     lm = tiny_lm()
     rows = [tokens(1, n, seed=n)[0].tolist() for n in (5, 30)]
@@ -264,6 +266,7 @@ def test_bytes_are_those_of_the_pot_whatever_the_text():
     assert text == want  # its catalyst is text: no tokenizer is needed to plan
 
 
+@pytest.mark.slow
 def test_other_layers_forget_the_catalyst():
     layers = (
         LayerSpec(MambaSpec(32, 2), MlpSpec(16)),

@@ -77,6 +77,7 @@ def decoded(x, bits, group):
     return np.asarray(codes.encode(x, bits, group).astype(jnp.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_tokens_before_a_call_are_read_as_codes_and_its_own_as_they_are(chunk):
     kv = stored()
@@ -149,6 +150,7 @@ def test_a_decoding_step_opens_no_more_than_tiles():
     assert used.temp_size_in_bytes < opened / 8
 
 
+@pytest.mark.slow
 def test_a_coded_context_is_saved_grown_and_read_again(tmp_path):
     lm, text = tiny_lm(), tokens(1, 37)[0].tolist()
     cache = "quantised:residual=8,group=4"

@@ -30,6 +30,7 @@ def test_no_logged_step_is_read_before_the_next_is_handed_over(tmp_path):
     assert order[-2:] == ["read 5", "read 6"]
 
 
+@pytest.mark.slow
 def test_held_out_loss_is_that_of_the_model_as_it_will_be_used(tmp_path):
     model = ModelSpec("tiny", pattern="window:window=2")
     run = dataclasses.replace(

@@ -127,6 +127,7 @@ def packed_params(params: dict, form: str) -> dict:
     return params | layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("form", ["blocks", "rows"])
 def test_adapters_over_packed_matrices_train_and_merge(form, scan):

@@ -154,6 +154,7 @@ def test_only_its_own_parameters_move_and_stay_in_range(name):
         assert 0 <= alpha.min() and alpha.max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [DUO, "locret_heads:hidden=16"])
 def test_any_split_of_a_batch_gives_the_same_slopes(name):
     made = trainer(name)

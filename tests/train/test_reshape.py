@@ -51,6 +51,7 @@ def run_of(**model):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rope", "want"),
     [

@@ -150,6 +150,7 @@ def leak(pattern: str, layers: int = 1) -> np.ndarray:
     return np.abs(slope(params["embed"]["table"])).sum(-1)[:, :T]
 
 
+@pytest.mark.slow
 def test_nothing_looks_ahead_but_where_groups_wrap():
     assert np.triu(leak("shifted_groups:ratio=0.25"), 1).max() == 0
     wrapped = np.triu(leak("shifted_groups:group=12,wrap=1"), 1)

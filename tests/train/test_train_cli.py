@@ -156,6 +156,7 @@ def test_another_config_in_the_same_folder_is_refused_by_field(config, whole, ca
     assert "optimizer.lr is 0.003 there and 0.1 now" in told and "--restart" in told
 
 
+@pytest.mark.slow
 def test_restart_keeps_the_earlier_folder(config, whole, tmp_path):
     folder = tmp_path / "run"
     train(config, folder)
