@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lclm.cache import heads as by_head
 from lclm.cache import read, write
 from lclm.cache.base import KV, Cache, Evidence, HeadGroup, Heads, Layer, Needs
-from lclm.cache.policies import Absolute, Full, at_least
+from lclm.cache.policies import Absolute, Full, at_least, fixed_angles, sees_less
 from lclm.cache.step import Step
 from lclm.errors import LclmError
 from lclm.ops.codes import check_bits
@@ -117,7 +117,7 @@ class Evicting(Absolute):
         return min(share, self.read) + max(length - self.read, 0)
 
     def groups(self, layer: Layer, length: int) -> tuple[HeadGroup, ...]:
-        if self._foreign(layer):
+        if sees_less(layer, self.budget):
             return Full(bits=self.bits).groups(layer, length)
         if self.at != "kept" or not self.ada:
             return super().groups(layer, length)
@@ -133,14 +133,9 @@ class Evicting(Absolute):
         return by_head.classes(layer.spec.kv_heads, share, self.ada)
 
     def init(self, layer: Layer, batch: int, length: int, dtype) -> Cache:
-        if self._foreign(layer):
+        if sees_less(layer, self.budget):
             return Full(bits=self.bits).init(layer, batch, length, dtype)
-        if layer.spec.rope is not None and layer.spec.rope.dynamic:
-            raise LclmError(
-                f"{type(self).__name__.lower()} with RoPE type "
-                f"{layer.spec.rope.kind!r}: its angles change with the length; use a "
-                "fixed type such as yarn or linear"
-            )
+        fixed_angles(type(self).__name__.lower(), layer)
         cache = super().init(layer, batch, length, dtype)
         if self.at == "kept":
             shift = jnp.zeros((batch, len(cache.groups)), jnp.int32)
@@ -174,7 +169,7 @@ class Evicting(Absolute):
         layer: Layer,
         sink: Array | None = None,
     ) -> tuple[Array, Cache]:
-        if self._foreign(layer):
+        if sees_less(layer, self.budget):
             return Full(bits=self.bits).attend(cache, heads, step, layer, sink)
         if self.at == "kept":
             return self._keep(cache, heads, step, layer, sink)
@@ -249,7 +244,7 @@ class Evicting(Absolute):
 
     def settle(self, cache: Cache, layer: Layer, read: int) -> Cache:
         """Cut a prompt that was kept whole to the budget (at="end")."""
-        if self._foreign(layer):
+        if sees_less(layer, self.budget):
             return cache
         (kv,), notes = cache.groups, dict(cache.extra)
         score, notes = self.rate(kv, notes.pop("score"), notes, layer)
@@ -300,12 +295,6 @@ class Evicting(Absolute):
             score = jnp.where(pos > last - layer.spec.window, score, -BIG)
         score = jnp.where(protect, BIG, score)
         return jnp.where(pos >= 0, score, -jnp.inf)
-
-    def _foreign(self, layer: Layer) -> bool:
-        """Whether a layer sees less than the budget by itself."""
-        spec = layer.spec
-        narrow = spec.window is not None and spec.window <= self.budget
-        return spec.static or narrow
 
 
 def _rows(flags: Array, like: Array) -> Array:

@@ -9,7 +9,7 @@ from jax import lax
 
 from lclm.cache import read, write
 from lclm.cache.base import KV, Cache, Evidence, Heads, Layer, Needs, Overflow
-from lclm.cache.policies import Absolute, Full, at_least
+from lclm.cache.policies import Absolute, Full, at_least, fixed_angles, sees_less
 from lclm.cache.step import Step
 from lclm.config import ModelConfig, RopeSpec
 from lclm.errors import LclmError
@@ -147,18 +147,14 @@ class InfiniPot(Absolute):
         return min(self.budget, length)
 
     def groups(self, layer, length):
-        if self._foreign(layer):
+        if sees_less(layer, self.budget):
             return Full().groups(layer, length)
         return super().groups(layer, length)
 
     def init(self, layer: Layer, batch: int, length: int, dtype: Any) -> Cache:
-        if self._foreign(layer):
+        if sees_less(layer, self.budget):
             return Full().init(layer, batch, length, dtype)
-        if layer.spec.rope is not None and layer.spec.rope.dynamic:
-            raise LclmError(
-                f"infinipot with RoPE type {layer.spec.rope.kind!r}: its angles change "
-                "with the length; use a fixed type such as yarn or linear"
-            )
+        fixed_angles("infinipot", layer)
         (kv,) = super().init(layer, batch, length, dtype).groups
         extra = {"shift": jnp.zeros(batch, jnp.int32)}
         if self.needs.nll:
@@ -174,7 +170,7 @@ class InfiniPot(Absolute):
         sink: Array | None = None,
     ) -> tuple[Array, Cache]:
         """Attend at the places of the pot, then append (or only weigh)."""
-        if self._foreign(layer):
+        if sees_less(layer, self.budget):
             out, after = Full().attend(cache, heads, step, layer, sink)
             return out, cache if step.weigh else after
         step = step.earlier(cache.extra["shift"])
@@ -208,7 +204,7 @@ class InfiniPot(Absolute):
 
     def compact(self, cache: Cache, layer: Layer) -> Cache:
         """Keep `distilled` tokens a head, in order, at the first places."""
-        if self._foreign(layer):
+        if sees_less(layer, self.budget):
             return cache
         (kv,), extra = cache.groups, dict(cache.extra)
         score = extra.pop("score", jnp.zeros(kv.k.shape[:3], jnp.float32))
@@ -274,12 +270,6 @@ class InfiniPot(Absolute):
             at.T[..., None],
         )
         return out, jnp.max(lax.map(lambda one: sums(*one), each), 0)
-
-    def _foreign(self, layer: Layer) -> bool:
-        """Whether a layer sees less than the pot by itself."""
-        spec = layer.spec
-        narrow = spec.window is not None and spec.window <= self.budget
-        return spec.static or narrow
 
 
 def turned(

@@ -21,6 +21,22 @@ def at_least(name: str, value: int, low: int, unit: str = "tokens") -> None:
         raise LclmError(f"{name} is {value}; it must be at least {low} {unit}")
 
 
+def fixed_angles(name: str, layer: Layer) -> None:
+    """Refuse a layer whose rotary angles change with the length."""
+    rope = layer.spec.rope
+    if rope is not None and rope.dynamic:
+        raise LclmError(
+            f"{name} with RoPE type {rope.kind!r}: its angles change with the length; "
+            "use a fixed type such as yarn or linear"
+        )
+
+
+def sees_less(layer: Layer, budget: int) -> bool:
+    """Whether a layer sees no more than `budget` tokens, or a pattern, by itself."""
+    spec = layer.spec
+    return spec.static or (spec.window is not None and spec.window <= budget)
+
+
 @dataclass(frozen=True)
 class Absolute(CachePolicy):
     """Tokens keep their own positions and one head group holds all kv heads.
@@ -169,11 +185,7 @@ class Streaming(CachePolicy):
                 f"{spec.pattern!r} of its own: two patterns do not mix; use 'full', "
                 "which keeps what such a layer sees"
             )
-        if spec.rope is not None and spec.rope.dynamic:
-            raise LclmError(
-                f"streaming with RoPE type {spec.rope.kind!r}: its angles change with "
-                "the length; use a fixed type such as yarn or linear"
-            )
+        fixed_angles("streaming", layer)
         band = self._recent(layer) + 1
         q = step.rotate(heads.q, spec.rope)
         new = read.new_tokens(heads, step, layer)

@@ -9,7 +9,7 @@ from jax import lax
 
 from lclm.cache import read, write
 from lclm.cache.base import KV, Cache, CachePolicy, HeadGroup, Heads, Layer, empty
-from lclm.cache.policies import Full, at_least
+from lclm.cache.policies import Full, at_least, fixed_angles
 from lclm.cache.step import Step
 from lclm.errors import LclmError
 from lclm.ops import codes
@@ -65,11 +65,7 @@ class Quantised(CachePolicy):
         spec = layer.spec
         if _own(layer):
             return Full().init(layer, batch, length, dtype)
-        if spec.rope is not None and spec.rope.dynamic:
-            raise LclmError(
-                f"quantised with RoPE type {spec.rope.kind!r}: its angles change with "
-                "the length; use a fixed type such as yarn or linear"
-            )
+        fixed_angles("quantised", layer)
         old, recent = self.groups(layer, length)
         shape = (batch, spec.kv_heads, old.capacity, spec.head_dim)
         each = codes.channels(spec.head_dim, self.bits, self.group)
