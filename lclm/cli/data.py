@@ -142,8 +142,10 @@ def _job(args: Any) -> Job:
 
 def _open(job: Job, console: Console) -> list["Documents"]:
     """The tokens of every part, tokenised under a progress line where they must be."""
+    from lclm.data import store
     from lclm.data.pipeline import open_documents
 
+    store.prepare()
     opened = []
     with Progress(
         SpinnerColumn(),

@@ -288,6 +288,9 @@ def source(spec: Any, *, seed: int = 0) -> Any:
 @contextlib.contextmanager
 def _bars(console: Console, steps: int, done: int) -> Iterator[Any]:
     """A progress line: loss, speed, time left, and skipped steps in red."""
+    from lclm.data import store
+
+    store.prepare()
     with Progress(
         TextColumn("training"),
         BarColumn(bar_width=None),

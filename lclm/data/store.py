@@ -192,6 +192,17 @@ def _kept(source: str, undecodable: str, summary: Summary) -> Iterator[Document]
             summary.named += (told,)
 
 
+def prepare() -> None:
+    """Import all that reads and writes stores, before any other thread runs.
+
+    TFDS imports its parts when they are first used, and while one is on its way the
+    imports of other threads (a progress line's) fail.
+    """
+    import tensorflow_datasets as tfds
+
+    _ = tfds.builder_from_directory, tfds.core.SequentialWriter, tfds.features.Text
+
+
 def _writer(folder: Path, dtype: np.dtype) -> Any:
     """TFDS's writer of one record after the other.
 
