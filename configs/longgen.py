@@ -41,4 +41,8 @@ def get_config(size="full", model="", data="", length=0, hybrid="longgen", theta
     config.optimizer = dict(
         lr=2e-5, schedule="cosine", warmup=config.steps // 20, groups=[gates]
     )
+    if small and not data:
+        config.data.held_out = ["novels:only=persuasion"]
+        config.holdout = dict(source="novels:only=persuasion")
+        config.eval_every, config.eval_batches = config.steps, 4
     return config

@@ -29,12 +29,20 @@ def get_config(size="full", model="", data="", length=0, factor=4.0, plus=True):
         head="frozen" if plus else None,
     )
     config.data = dict(source=data or "novels")
-    config.steps = 20 if small else 1000
+    config.steps = 10 if small else 1000
     config.batch = 1 if small else 64
     config.accumulate = 1 if small else 8
     config.compute = "float32" if small else "bfloat16"
     config.remat = dict(kind="attention")
     config.optimizer = dict(
-        lr=2e-5, schedule="constant", warmup=20, weight_decay=0.0, b2=0.999
+        lr=2e-5,
+        schedule="constant",
+        warmup=0 if small else 20,
+        weight_decay=0.0,
+        b2=0.999,
     )
+    if small and not data:
+        config.data.held_out = ["novels:only=persuasion"]
+        config.holdout = dict(source="novels:only=persuasion")
+        config.eval_every, config.eval_batches = config.steps, 4
     return config

@@ -35,4 +35,7 @@ def get_config(size="full", model="", data="", start=""):
         weight_decay=0.1,
     )
     config.start_from = start
+    if small:
+        config.holdout = dict(source="novels:only=persuasion")
+        config.eval_every, config.eval_batches = config.steps, 4
     return config

@@ -35,4 +35,8 @@ def get_config(size="full", model="", data=""):
         warmup=config.steps // 10,
         weight_decay=0.1,
     )
+    if small and not data:
+        config.data.held_out = ["novels:only=persuasion"]
+        config.holdout = dict(source="novels:only=persuasion")
+        config.eval_every, config.eval_batches = config.steps, 4
     return config

@@ -36,4 +36,8 @@ def get_config(size="full", model="", data="", start="runs/prolong-stage1"):
     )
     config.start_from = start
     config.carry_optimizer = bool(start)
+    if small and not data:
+        config.data.held_out = ["novels:only=persuasion"]
+        config.holdout = dict(source="novels:only=persuasion")
+        config.eval_every, config.eval_batches = config.steps, 4
     return config

@@ -29,10 +29,16 @@ def get_config(
         source=model or ("smollm2-135m" if small else "llama-2-7b"), rope=change
     )
     config.data = dict(source=data or "novels")
-    config.steps = 20 if small else 400
+    config.steps = 10 if small else 400
     config.batch = 1 if small else 64
     config.accumulate = 1 if small else 8
     config.compute = "float32" if small else "bfloat16"
     config.remat = dict(kind="attention")
-    config.optimizer = dict(lr=2e-5, schedule="constant", warmup=20, weight_decay=0.0)
+    config.optimizer = dict(
+        lr=2e-5, schedule="constant", warmup=0 if small else 20, weight_decay=0.0
+    )
+    if small and not data:
+        config.data.held_out = ["novels:only=persuasion"]
+        config.holdout = dict(source="novels:only=persuasion")
+        config.eval_every, config.eval_batches = config.steps, 4
     return config

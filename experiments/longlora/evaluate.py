@@ -12,9 +12,13 @@ import ml_collections
 
 
 def get_config(
-    length=32768, passkey=True, adapter="experiments/longlora/adapter", only=""
+    length=32768,
+    novel=True,
+    passkey=True,
+    adapter="experiments/longlora/adapter",
+    only="",
 ):
-    """`length`: tokens of the novel; `adapter`: of `train.py`; `only`: one model."""
+    """`length`: tokens of the novel; `adapter`: of a run; `only`: one model."""
     config = ml_collections.ConfigDict()
     config.name = "longlora-eval"
     config.title = "SmolLM2-135M past 8k"
@@ -28,15 +32,17 @@ def get_config(
         dict(name="as trained"),
     ]
     config.models = [m for m in config.models if only in ("", m["name"])]
-    config.stages = [
-        dict(
-            eval="perplexity",
-            source="austen:novel=persuasion",
-            length=length,
-            splits=[8192, 16384],
-            bucket=1024,
-        )
-    ]
+    config.stages = []
+    if novel:
+        config.stages += [
+            dict(
+                eval="perplexity",
+                source="austen:novel=persuasion",
+                length=length,
+                splits=[8192, 16384],
+                bucket=1024,
+            )
+        ]
     if passkey:
         config.stages += [
             dict(eval="passkey", lengths=[12288, 16384], depths=[0.25, 0.75])

@@ -156,7 +156,8 @@ class TrainConfig:
 
     start_from: folder of a finished run whose trained parameters this one begins with,
     and with carry_optimizer its moments too; the schedule and the count of steps begin
-    anew. eval_every: steps between looks at `eval_batches` batches of `holdout`.
+    anew. eval_every: steps between looks at `eval_batches` batches of `holdout`;
+    the first look is at the model that the run begins with.
     profile: first and last step of a profiler trace in WORKDIR/profile. hugging_face:
     leave WORKDIR/hf beside WORKDIR/model. sample: a text continued at the end.
     """

@@ -199,6 +199,9 @@ class _Sitting:
         """Step until the end, `until` or a signal; the last state is saved."""
         made, run = self.trainer, self.trainer.run
         self.records.write(made.head(self.done))
+        if self.done == 0:
+            self._look()
+            self._mark = time.perf_counter()
         while self.done < min(run.steps, until) and not self._ends(stop):
             batch = made.place(next(batches))
             profile.before(self.done + 1)
@@ -233,15 +236,22 @@ class _Sitting:
         self._read()
         jax.block_until_ready(made.state)
         began = time.perf_counter()
-        if looks and self.look is not None:
-            found = self.look(made.state.params, made.frozen, made.place)
-            seconds = time.perf_counter() - began
-            event = {"event": "eval", "step": self.done, **found, "seconds": seconds}
-            self.records.write(event)
+        if looks:
+            self._look()
         if saves:
             self.records.sync()
             self.store.save(made.state, batches.get_state())
         self._mark += time.perf_counter() - began
+
+    def _look(self) -> None:
+        """Record the loss on text that is not trained on, where there is one."""
+        if self.look is None:
+            return
+        made, began = self.trainer, time.perf_counter()
+        found = self.look(made.state.params, made.frozen, made.place)
+        seconds = time.perf_counter() - began
+        event = {"event": "eval", "step": self.done, **found, "seconds": seconds}
+        self.records.write(event)
 
     def _read(self) -> None:
         """Fetch, record and show the logged step that is not yet read."""

@@ -20,8 +20,10 @@ class Journal:
     """
 
     def __init__(self, path: Path, *, start: int = 0):
-        kept = [json.dumps(r) for r in read_journal(path) if r.get("step", 0) <= start]
-        write_atomic(path, "".join(line + "\n" for line in kept))
+        kept = [r for r in read_journal(path) if r.get("step", 0) <= start]
+        if not start:  # the first look at held-out text is taken again
+            kept = [r for r in kept if r.get("event") != "eval"]
+        write_atomic(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = open(path, "ab", buffering=0)
         self._waiting = b""
 

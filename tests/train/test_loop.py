@@ -39,15 +39,16 @@ def test_held_out_loss_is_that_of_the_model_as_it_will_be_used(tmp_path):
     made = Trainer(run, CONFIG, PARAMS)
     made.fit(Counted(), tmp_path, lambda *_: None, holdout=Counted())
     found = [r for r in read_journal(tmp_path / "metrics.jsonl") if "event" in r]
-    assert [(r["event"], r["step"]) for r in found] == [("start", 0), ("eval", 3)]
+    events = [(r["event"], r["step"]) for r in found]
+    assert events == [("start", 0), ("eval", 0), ("eval", 3)]
     plain = trainer()
     looks, sums = Counted(), np.zeros(2)
     for batch in (next(looks), next(looks)):
         batch = plain.place(batch)
         told, _ = plain.stepper.gradients(made.state.params, plain.frozen, batch)
         sums += [float(told["loss"] * told["weight"]), float(told["weight"])]
-    assert found[1]["nll"] == pytest.approx(sums[0] / sums[1], rel=1e-5)
-    assert found[1]["tokens"] == sums[1]
+    assert found[2]["nll"] == pytest.approx(sums[0] / sums[1], rel=1e-5)
+    assert found[2]["tokens"] == sums[1] == found[1]["tokens"]
 
 
 def test_a_run_whose_every_loss_is_not_finite_says_so(tmp_path):

@@ -108,8 +108,8 @@ def test_a_run_leaves_records_events_a_curve_and_a_model(whole):
     records = lines(whole)
     assert [r["step"] for r in records if "event" not in r] == [1, 2, 4, 6, 8]
     looks = [r for r in records if r.get("event") == "eval"]
-    assert [r["step"] for r in looks] == [4, 8]
-    assert looks[1]["nll"] < looks[0]["nll"] and looks[0]["tokens"] == 128
+    assert [r["step"] for r in looks] == [0, 4, 8]
+    assert looks[2]["nll"] < looks[1]["nll"] and looks[1]["tokens"] == 128
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [p for p in (whole / "events").iterdir() if p.stat().st_size > 200]
 
