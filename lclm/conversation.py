@@ -35,7 +35,7 @@ class Conversation:
         system: str | None = None,
         chunk: int = 512,
     ):
-        policy = policies.make(cache)
+        policy = policies.make(cache).encoded(lm.tokenizer)
         if lm.tokenizer is None:
             raise LclmError(
                 "this model has no tokenizer to talk with: put a tokenizer.json beside "

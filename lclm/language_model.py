@@ -214,8 +214,9 @@ class LanguageModel:
 
     def cache_bytes(self, cache: Policy, length: int, batch: int = 1) -> int:
         """Bytes of caches and states for rows of `length` tokens, from shapes."""
-        policy, _ = self._policy(cache).resolve(self.config)
         dtype = self._engine.cache_dtype
+        policy = self._policy(cache).fitted(self.config, dtype, length)
+        policy, _ = policy.resolve(self.config)
         return state_bytes(self.config, policy, batch, length, dtype)
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:

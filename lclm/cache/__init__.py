@@ -3,8 +3,11 @@
 from typing import Any
 
 from lclm.cache.base import CachePolicy
+from lclm.cache.sized import from_bytes, in_bytes
 from lclm.registry import Entry, Table
-from lclm.shorthand import build
+from lclm.shorthand import build, split
+
+EXAMPLE = "streaming:sinks=4,window=1020"
 
 POLICIES = Table(
     "cache policy",
@@ -63,7 +66,14 @@ POLICIES = Table(
 
 
 def make(policy: Any) -> CachePolicy:
-    """A policy from itself, a table with a "name", or a `name:key=value,...` string."""
+    """A policy from itself, a table with a "name", or a `name:key=value,...` string.
+
+    A budget or window may be an amount of bytes, `h2o:budget=64MiB`
+    (`lclm.cache.sized`).
+    """
     if isinstance(policy, CachePolicy):
         return policy
-    return build(POLICIES, policy, "streaming:sinks=4,window=1020")
+    name, options = split(POLICIES.kind, policy, EXAMPLE)
+    if key := in_bytes(options):
+        return from_bytes(POLICIES, name, options, key)
+    return build(POLICIES, policy, EXAMPLE)

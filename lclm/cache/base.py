@@ -166,6 +166,7 @@ class CachePolicy:
     `compacts`: survivors are chosen at the ends of calls, so they depend on the chunk.
     `bits`: slots hold codes of 2, 4 or 8 bits (0: numbers). A call's own tokens are
     read as they are, those before it as stored; layers with a pattern hold numbers.
+    `sizing`: the option, in tokens, that sets the bytes of a cache, if one does.
     """
 
     needs: ClassVar[Needs] = Needs()
@@ -174,6 +175,7 @@ class CachePolicy:
     compacts: ClassVar[bool] = False
     recompute: ClassVar[bool] = False
     overflow: ClassVar[Overflow | None] = None
+    sizing: ClassVar[str] = ""
     bits = 0  # not annotated: policies make it a field, in their own order
 
     @property
@@ -193,6 +195,14 @@ class CachePolicy:
         context stores the returned policy, and its arrays are resolved again.
         """
         return self, None
+
+    def fitted(self, config: ModelConfig, dtype: Any, length: int) -> "CachePolicy":
+        """The policy with sizes in tokens, for rows of `length` and keys of `dtype`.
+
+        Whoever resolves a policy calls this first; it changes what was asked for in
+        bytes (`lclm.cache.sized.Sized`) and nothing else.
+        """
+        return self
 
     def encoded(self, tokenizer: Any) -> "CachePolicy":
         """The policy with texts of its own as tokens (None: there is no tokenizer)."""

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,8 @@ class Duo(CachePolicy):
     gates: str = ""
     heads: Gates = ()
     bits: int = 0
+
+    sizing: ClassVar[str] = "window"
 
     def __post_init__(self):
         check_bits("duo", self.bits)

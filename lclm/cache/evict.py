@@ -56,6 +56,7 @@ class Evicting(Absolute):
 
     per_head: ClassVar[bool] = True
     compacts: ClassVar[bool] = True
+    sizing: ClassVar[str] = "budget"
 
     def __post_init__(self):
         name = type(self).__name__.lower()

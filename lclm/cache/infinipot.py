@@ -50,6 +50,7 @@ class InfiniPot(Absolute):
     reduce: str = "sum"
 
     compacts: ClassVar[bool] = True
+    sizing: ClassVar[str] = "budget"
 
     def __post_init__(self):
         at_least("infinipot: budget", self.budget, 2)

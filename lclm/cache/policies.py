@@ -105,6 +105,7 @@ class Window(Absolute):
 
     window: int = 1024
     bits: int = 0
+    sizing: ClassVar[str] = "window"
 
     def __post_init__(self):
         check_bits("window", self.bits)
@@ -151,6 +152,7 @@ class Streaming(CachePolicy):
     window: int = 1020
     bits: int = 0
     exact_angles: ClassVar[bool] = True
+    sizing: ClassVar[str] = "window"
 
     def __post_init__(self):
         check_bits("streaming", self.bits)

@@ -131,12 +131,15 @@ class PyramidKV(SnapKV):
     def share(self, layer: Layer, length: int) -> int:
         """Tokens a kv head of one layer keeps, of rows of up to `length`."""
         free = self.budget - self.protected_recent
-        if length < 2 * free:
+        if length < 2 * free or layer.layers == 1:
             return self.budget
         least = free // self.beta
         most = min(2 * free - least, length - self.protected_recent)
         least = 2 * free - most
-        fall = (most - least) * layer.rank // max(1, layer.layers - 1)
+        last = layer.layers - 1
+        early = min(layer.rank, last - layer.rank)  # rounded alike from both ends
+        fall = (most - least) * early // last
+        fall = fall if early == layer.rank else most - least - fall
         return most - fall + self.protected_recent
 
 

@@ -60,7 +60,6 @@ def main(argv: Sequence[str]) -> None:
 
     policies = [cache.make(text) for text in args.cache or ["full"]]
     config, dtype = describe(args.model or args.source), getattr(jnp, args.dtype)
-    policies = [policy.resolve(config)[0] for policy in policies]
     weights = parameters(config) * SIZES[args.dtype]
     free = available_bytes()
     print(f"{parameters(config):,} parameters, {args.dtype}: {format_bytes(weights)}")
@@ -70,7 +69,8 @@ def main(argv: Sequence[str]) -> None:
     for text, policy in zip(args.cache or ["full"], policies, strict=True):
         row = []
         for length in args.context:
-            kept, state = state_sizes(config, policy, args.batch, length, dtype)
+            made, _ = policy.fitted(config, dtype, length).resolve(config)
+            kept, state = state_sizes(config, made, args.batch, length, dtype)
             fits = free is None or weights + kept + state <= free
             row.append(format_bytes(kept) + ("" if fits else " (does not fit)"))
         table.add_row(text, *row)

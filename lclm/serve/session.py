@@ -259,6 +259,7 @@ class Session:
         """Allocate for `rows` rows of `length` tokens, `chunk` read at a time."""
         if chunk < 1:
             raise LclmError(f"chunk is {chunk}; it must be at least 1 token")
+        policy = policy.fitted(engine.config, engine.cache_dtype, length)
         policy, params = policy.resolve(engine.config)
         if params is not None:
             params = jax.tree.map(jnp.asarray, params)

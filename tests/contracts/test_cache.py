@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from lclm import cache as policies
-from lclm.blocks.layer import state_bytes
+from lclm.blocks.layer import init_states, state_bytes
 from lclm.cache.base import measured_bytes
 from lclm.cache.evict import Evicting
 from lclm.serve.session import Session
-from tests.tiny import dense_nll, tiny_lm, tokens
+from tests.tiny import dense_nll, tiny_config, tiny_lm, tokens
 
 LENGTH = 40
 CACHED = [n for n in policies.POLICIES if not policies.POLICIES[n].recompute]
@@ -35,6 +35,8 @@ OWN = (
     "infinipot",
     "quantised",
 )
+# Policies whose size may be given in bytes.
+SIZED = [n for n in policies.POLICIES if policies.POLICIES[n].sizing]
 # Slots as codes: a few policies stand for all of them.
 CODED = ["h2o:bits=4", "quantised:residual=8,group=4"]
 
@@ -104,6 +106,22 @@ def test_a_donated_cache_has_the_bytes_of_the_formula_and_stays_in_budget(name):
     if policy.kept is not None:
         slots = [sum(g.k.shape[2] for g in cache.groups) for cache in held.caches]
         assert np.mean(slots) <= policy.kept
+
+
+@pytest.mark.parametrize("name", [*SIZED, "h2o:bits=4", "pyramidkv:at=end"])
+def test_a_size_in_bytes_is_the_most_tokens_that_take_no_more(name):
+    name, _, text = name.partition(":")
+    options = GIVEN.get(name, {}) | dict(x.split("=") for x in text.split(",") if x)
+    size, config = policies.POLICIES[name].sizing, tiny_config()
+    length = LENGTH if name == "duo" else 10 * LENGTH
+    asked = policies.make({"name": name, size: "8KB", **options})
+    held = asked.fitted(config, np.float32, length)
+    more = dataclasses.replace(held, **{size: getattr(held, size) + 1})
+    if held.settles:
+        held, more = held.settled(length), more.settled(length)
+    caches = init_states(config, held, 1, length, np.float32)
+    assert measured_bytes(caches) <= 8000
+    assert state_bytes(config, more, 1, length, np.float32) > 8000
 
 
 @pytest.mark.parametrize("name", some(STEADY, "streaming", "duo"))

@@ -247,9 +247,13 @@ def test_pyramidkv_falls_with_depth_and_spends_the_same_tokens():
     assert shares == sorted(shares, reverse=True)
     assert shares[0] == 8 + 240 - 6
     assert shares[-1] == 8 + 6
-    assert abs(sum(shares) - 12 * 128) <= 12
     assert {policy.share(layer, 200) for layer in layers} == {128}
     assert [layer.rank for layer in layers_of(tiny_config())] == [0, 1]
+    for depth, budget, length in np.ndindex(13, 60, 3):
+        policy = PyramidKV(budget=40 + budget)
+        layers = [Layer(i, SPEC, rank=i, layers=depth) for i in range(depth)]
+        shares = [policy.share(layer, 90 + 40 * length) for layer in layers]
+        assert sum(shares) == depth * policy.budget
 
 
 def test_a_cut_prompt_goes_on_evicting_where_asked():
