@@ -250,6 +250,12 @@ def pieces(tokens: int, chunk: int) -> list[int]:
     return sizes
 
 
+def roomy(tokens: int) -> int:
+    """The next multiple of 16, and of an eighth of the power of two below `tokens`."""
+    step = max(16, 1 << max(tokens.bit_length() - 4, 0))
+    return -(-tokens // step) * step
+
+
 class Session:
     """Rows of one batch, the caches they filled, and how far each has been read."""
 
@@ -292,10 +298,15 @@ class Session:
         return twin
 
     def reserve(self, length: int) -> None:
-        """Make room for rows of `length` tokens; stored slots keep their places."""
+        """Make room for rows of `length` tokens; stored slots keep their places.
+
+        Room grows to one of eight sizes an octave: a text read token by token meets
+        few shapes, and so few compiled programs.
+        """
         if length > self.length:
             self._check(self.rows, length)
-            self._widen(length)
+            limit = getattr(self.policy, "limit", None)
+            self._widen(min(roomy(length), limit or roomy(length)))
 
     def settle(self) -> None:
         """The prompt has been read whole: cut it, where the policy does so then."""

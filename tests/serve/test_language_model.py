@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lclm.cache import make
 from lclm.errors import LclmError
 from lclm.language_model import LanguageModel
-from lclm.serve import memory
-from lclm.serve.session import pieces
+from lclm.models.decoder import unembed
+from lclm.serve import memory, session
+from lclm.serve.session import Session, pieces, roomy
 from tests.tiny import tiny_lm, tokens
 
 
@@ -98,6 +100,34 @@ def test_a_context_answers_many_questions_and_stays_unchanged(lm):
     assert once == greedy(lm, text, 5)
     context.generate(text[:3], 5)
     assert context.generate(text[20:], 5).tokens == once
+
+
+def test_room_grows_by_at_most_an_eighth_in_few_sizes(lm):
+    lengths = range(2, 5000)
+    assert all(n <= roomy(n) <= max(n + 15, 9 * n / 8) for n in lengths)
+    assert len({roomy(n) for n in lengths}) <= 8 * 13
+    held = Session(lm._engine, make("full"), rows=1, length=1, chunk=1)
+    slots = set()
+    for length in range(2, 60):
+        held.reserve(length)
+        assert held.length >= length
+        slots.add(held.caches[0].groups[0].k.shape[2])
+    assert slots == {16, 32, 48, 64}
+    capped = Session(lm._engine, make("full:limit=20"), rows=1, length=1, chunk=1)
+    capped.reserve(18)
+    assert capped.length == 20
+
+
+@pytest.mark.slow
+def test_reading_token_by_token_compiles_one_program_for_each_size_of_room(lm):
+    text = tokens(1, 50)[0].tolist()
+    held = lm.prefill(text[:1], chunk=1).session
+    programs = session._read_last._cache_size()
+    for token in text[1:]:
+        held.read([[token]])
+    assert session._read_last._cache_size() <= programs + 4
+    logits = unembed(lm.config, lm.params, held.last)
+    np.testing.assert_allclose(logits[0], lm.logits([text])[0, -1], atol=1e-4)
 
 
 def test_a_saved_context_answers_as_the_live_one(lm, tmp_path):
