@@ -10,6 +10,7 @@ from lclm.cache.base import KV, Layer, Needs
 from lclm.cache.evict import Evicting
 from lclm.errors import LclmError
 from lclm.ops import rope
+from lclm.ops.codes import by_tiles
 from lclm.ops.precision import wide
 from lclm.typing import Array, Float
 
@@ -100,7 +101,7 @@ class ExpectedAttention(Evicting):
     def _score(self, kv: KV, notes: Notes, layer: Layer, lse: Array) -> Array:
         logits = _logits(kv, notes, layer)
         share = jnp.exp(logits - lse.reshape(*logits.shape[:3], 1))
-        size = jnp.linalg.norm(wide(kv.v), axis=-1)
+        size = by_tiles(lambda v: jnp.linalg.norm(wide(v), axis=-1), kv.v)
         return (jnp.mean(share, 2) + self.epsilon) * size
 
 
@@ -109,10 +110,14 @@ def _logits(kv: KV, notes: Notes, layer: Layer) -> Float[Array, "B K G S"]:
     spec = layer.spec
     B, K, _, H = kv.k.shape
     scale = H**-0.5 if spec.scale is None else spec.scale
-    k = wide(kv.k)
     mean = notes["mean"].reshape(B, K, -1, H)
     spread = notes["spread"].reshape(B, K, -1, H, H)
-    linear = jnp.einsum("bksh,bkgh->bkgs", k, mean)
-    turned = jnp.einsum("bksh,bkghj->bkgsj", k, spread)
-    square = jnp.einsum("bkgsj,bksj->bkgs", turned, k)
-    return scale * linear + 0.5 * scale**2 * square
+
+    def rate(k: Array) -> Array:
+        k = wide(k)
+        linear = jnp.einsum("bksh,bkgh->bkgs", k, mean)
+        turned = jnp.einsum("bksh,bkghj->bkgsj", k, spread)
+        square = jnp.einsum("bkgsj,bksj->bkgs", turned, k)
+        return scale * linear + 0.5 * scale**2 * square
+
+    return by_tiles(rate, kv.k, always=True)

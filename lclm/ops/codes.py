@@ -131,19 +131,31 @@ def encode(
     return Codes(packed, scale, zero, bits, group, jnp.dtype(dtype or x.dtype))
 
 
-def by_tiles(rate: Callable[[Array], Array], x: Array | Codes) -> Array:
-    """`rate` of slots, [B, K, c, H] -> float32 [B, K, c], some at a time if coded."""
-    if not isinstance(x, Codes) or not x.shape[2]:
-        return rate(x.astype(x.dtype))
+def by_tiles(
+    rate: Callable[[Array], Array], x: Array | Codes, *, always: bool = False
+) -> Array:
+    """`rate` of slots, [B, K, c, H] -> [B, K, ..., c], some at a time if coded.
+
+    `always`: an array is also taken a tile at a time (what `rate` makes is large).
+    """
     slots = x.shape[2]
     size = min(TILE, slots)
+    if size == slots or not (always or isinstance(x, Codes)):
+        return rate(x.astype(jnp.float32) if isinstance(x, Codes) else x)
+
+    def tile(start: Array) -> Array:
+        if isinstance(x, Codes):
+            return x.open(start, size, jnp.float32)
+        return lax.dynamic_slice_in_dim(x, start, size, 2)
 
     def step(n: Array, out: Array) -> Array:
         start = jnp.minimum(n * size, slots - size)
-        part = rate(x.open(start, size, jnp.float32))
-        return lax.dynamic_update_slice_in_dim(out, part, start, 2)
+        return lax.dynamic_update_slice_in_dim(
+            out, rate(tile(start)), start, out.ndim - 1
+        )
 
-    out = jnp.zeros(x.shape[:3], jnp.float32)
+    like = jax.eval_shape(lambda: rate(tile(jnp.int32(0))))
+    out = jnp.zeros((*like.shape[:-1], slots), like.dtype)
     return lax.fori_loop(0, -(-slots // size), step, out)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from lclm import cache as policies
 from lclm.cache.base import KV, Heads, Layer, measured_bytes
+from lclm.cache.expected import ExpectedAttention
 from lclm.cache.policies import Full
 from lclm.cache.quantised import Quantised
 from lclm.cache.step import make_step
@@ -186,3 +187,19 @@ def test_codes_of_keys_whose_rotation_moves_are_refused(policy):
     lm = tiny_lm(rope=RopeSpec(kind="dynamic", factor=2.0, context=16))
     with pytest.raises(LclmError, match="dynamic"):
         lm.nll(tokens(1, 10), cache=policy)
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_expected_attention_rates_a_cache_a_tile_at_a_time(bits):
+    layer, slots = Layer(0, AttentionSpec(4, 2, 64, RopeSpec(context=64))), 8192
+    policy = ExpectedAttention(budget=slots, bits=bits)
+    cache = jax.eval_shape(lambda: policy.init(layer, 1, slots, jnp.float32))
+
+    @jax.jit
+    def rate(cache):
+        notes = dict(cache.extra)
+        return policy.rate(cache.groups[0], notes.pop("score"), notes, layer)
+
+    used = rate.lower(cache).compile().memory_analysis()
+    opened = 2 * 2 * slots * 64 * 4
+    assert used.temp_size_in_bytes < opened / 4

@@ -68,6 +68,21 @@ def test_rating_by_tiles_equals_rating_the_whole():
     np.testing.assert_allclose(got, coded.astype(jnp.float32).sum(-1), atol=1e-5)
 
 
+@pytest.mark.parametrize("coded", [True, False])
+def test_tiles_of_a_rating_with_axes_of_its_own_fall_into_their_places(coded):
+    x = numbers((1, 2, 300, 32))
+    x = encode(x, 8, (1, 32)) if coded else jnp.asarray(x)
+
+    def rate(k):
+        assert k.shape[2] == codes.TILE
+        return jnp.stack([k.sum(-1), k.max(-1)], 2)
+
+    whole = x.astype(jnp.float32)
+    got = jax.jit(lambda x: codes.by_tiles(rate, x, always=True))(x)
+    np.testing.assert_allclose(got[:, :, 0], whole.sum(-1), atol=1e-5)
+    np.testing.assert_allclose(got[:, :, 1], whole.max(-1), atol=1e-5)
+
+
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("group", GROUPS)
 def test_attention_over_codes_equals_attention_over_what_they_stand_for(queries, group):
