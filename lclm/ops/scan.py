@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lclm.errors import LclmError
 from lclm.ops.precision import wide_dtype
 from lclm.typing import Array, Float, Int
+from pallas_kernels.selective_scan import kernel
 
 BLOCK = 64  # tokens between the states that a backward pass starts from
 
@@ -38,12 +40,15 @@ def selective_scan(
     c: Float[Array, "B T N"],
     positions: Int[Array, "B T"],
     state: Float[Array, "B N C"] | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B N C"]]:
     """y and the state behind the last token; step sizes are softplus(raw).
 
     `positions` are indices in documents: the state is forgotten before index 0 and
     padding (-1) leaves it alone (its outputs mean nothing). Sums and states are
     float32. Differentiable in everything but positions, both states included.
+    `implementation` is "xla" or a kernel by name (`pallas_kernels.selective_scan`),
+    None for the best of this platform; a kernel that cannot run raises LclmError.
     """
     dtype = wide_dtype(x)
     if state is None:
@@ -51,7 +56,15 @@ def selective_scan(
     parts = [p.astype(dtype) for p in (x, raw, a, b, c, state)]
     if x.shape[1] == 1:
         return _one(*parts, positions)
-    return _scan(*parts, positions)
+    try:
+        run = kernel(x.shape, len(a), dtype, implementation)
+    except ValueError as error:
+        raise LclmError(str(error)) from error
+    if run is None:
+        return _scan(*parts, positions)
+    x, raw, *rest = parts
+    keep = (positions != 0).astype(dtype)
+    return run(x, _sizes(raw, positions), *rest, keep)
 
 
 def _sizes(raw: Array, positions: Array) -> Array:

@@ -1,0 +1,95 @@
+"""The TPU's selective scan, interpreted, against the form in plain XLA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lclm.errors import LclmError
+from lclm.ops.scan import selective_scan
+from pallas_kernels import dispatch
+from pallas_kernels.selective_scan import kernel, tpu
+
+B, T, C, N = 2, 29, 1024, 8
+# A document that goes on, one that begins inside the row, and padding behind both.
+POSITIONS = np.stack(
+    [np.arange(5, 5 + T), np.r_[np.arange(11), np.arange(12), np.full(6, -1)]]
+).astype(np.int32)
+
+
+@pytest.fixture
+def short_blocks(monkeypatch):
+    monkeypatch.setattr(tpu, "FORWARD", 16)
+    monkeypatch.setattr(tpu, "BACKWARD", 8)
+    monkeypatch.setattr(tpu, "UNROLLED", 1)  # what is left of the time to compile
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    random = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(random.standard_normal(shape), jnp.float32)
+
+    return (draw(B, T, C), draw(B, T, C), -jnp.exp(draw(N, C)), draw(B, T, N),
+            draw(B, T, N), draw(B, N, C))  # fmt: skip
+
+
+def run(implementation):
+    def call(x, raw, a, b, c, state):
+        y, end = selective_scan(
+            x, raw, a=a, b=b, c=c, positions=jnp.asarray(POSITIONS), state=state,
+            implementation=implementation,
+        )  # fmt: skip
+        return jnp.where(POSITIONS[..., None] >= 0, y, 0), end
+
+    return call
+
+
+def test_the_kernel_gives_outputs_and_state_of_the_recurrence(inputs, short_blocks):
+    for got, want in zip(run("interpret")(*inputs), run("xla")(*inputs), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_the_kernel_gives_every_gradient_of_the_recurrence(inputs, short_blocks):
+    def weighed(call):
+        def total(*args):
+            y, end = call(*args)
+            return jnp.sum(y * jnp.cos(jnp.arange(C))) + jnp.sum(end**2)
+
+        return jax.grad(total, range(6))
+
+    got, want = weighed(run("interpret"))(*inputs), weighed(run("xla"))(*inputs)
+    for name, a, b in zip("x raw a b c state".split(), got, want, strict=True):
+        error = jnp.linalg.norm(a - b) / jnp.linalg.norm(b)
+        assert error < 3e-6, name
+
+
+@pytest.mark.parametrize(
+    ("shape", "states", "dtype", "told"),
+    [
+        ((1, 8, 1000), 16, jnp.float32, "1000 channels"),
+        ((1, 8, 1024), 12, jnp.float32, "12 states"),
+        ((1, 8, 1024), 16, jnp.float64, "float64"),
+    ],
+)
+def test_what_the_kernel_cannot_take_it_refuses_by_name_and_leaves_to_xla(
+    shape, states, dtype, told
+):
+    with pytest.raises(ValueError, match=told):
+        kernel(shape, states, dtype, "mosaic_tpu")
+    with dispatch.target("tpu"):
+        assert kernel(shape, states, dtype, None) is None
+
+
+def test_a_tpu_runs_the_kernel_and_a_processor_does_not():
+    shape = (1, 8, 1024)
+    assert kernel(shape, 16, jnp.float32, None) is None
+    with dispatch.target("tpu"):
+        assert kernel(shape, 16, jnp.float32, None) is not None
+        assert kernel(shape, 16, jnp.float32, "xla") is None
+
+
+def test_a_name_that_is_not_known_is_an_error(inputs):
+    with pytest.raises(LclmError, match="known are"):
+        run("cuda")(*inputs)
