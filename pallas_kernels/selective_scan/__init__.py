@@ -1,12 +1,22 @@
 """Kernels of Mamba-1's selective scan; the form in plain XLA is `lclm.ops.scan`."""
 
+import functools
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
 
 from pallas_kernels import dispatch
 
-NAMES = ("xla", "mosaic_tpu", "interpret")
+# By name: the module, and how its kernel is interpreted on a CPU (None: not at all).
+KERNELS = {
+    "mosaic_tpu": ("tpu", False),
+    "mosaic_gpu": ("gpu", False),
+    "interpret": ("tpu", True),
+    "interpret_gpu": ("gpu", True),
+}
+NAMES = ("xla", *KERNELS)
+BEST = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}  # by platform; XLA elsewhere
 _log = logging.getLogger(__name__)
 
 
@@ -16,23 +26,27 @@ def kernel(
     """The kernel for a scan over `x` [B, T, C], or None where XLA's form is meant.
 
     None picks by platform and shape. A kernel asked for by name takes the call or
-    raises ValueError with what it takes; "interpret" is the TPU's kernel on any
-    platform, step by step, for tests.
+    raises ValueError with what it takes; "interpret" and "interpret_gpu" are the TPU's
+    and the GPU's on any platform, step by step, for tests.
     """
     if implementation not in (None, *NAMES):
         raise ValueError(
             f"implementation={implementation!r} of the selective scan: known are "
             f"{NAMES}, or None for the best here"
         )
-    asked = implementation in ("mosaic_tpu", "interpret")
-    if not asked and (implementation == "xla" or dispatch.platform() != "tpu"):
+    name = implementation or BEST.get(dispatch.platform(), "xla")
+    if name == "xla":
         return None
-    from pallas_kernels.selective_scan import tpu
-
-    reason = tpu.supports(x_shape, states, dtype)
+    module, interpreted = KERNELS[name]
+    try:
+        found = importlib.import_module(f"pallas_kernels.selective_scan.{module}")
+    except ImportError as error:
+        reason = f"this JAX has no {name} ({error})"
+    else:
+        reason = found.supports(x_shape, states, dtype)
     if reason is None:
-        return lambda *args: tpu.scan(implementation == "interpret", *args)
-    if asked:
+        return functools.partial(found.scan, interpreted)
+    if implementation is not None:
         raise ValueError(
             f"implementation={implementation!r} cannot run this scan: {reason}; "
             "change the sizes, or pass None"

@@ -1,4 +1,4 @@
-"""The TPU's selective scan, interpreted, against the form in plain XLA."""
+"""Selective scans of TPU and GPU, interpreted, against the form in plain XLA."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,10 @@ import pytest
 from lclm.errors import LclmError
 from lclm.ops.scan import selective_scan
 from pallas_kernels import dispatch
-from pallas_kernels.selective_scan import kernel, tpu
+from pallas_kernels.selective_scan import BEST, gpu, kernel, tpu
 
-B, T, C, N = 2, 29, 1024, 8
+B, T, N = 2, 29, 8
+CHANNELS = {"interpret": tpu.CHANNELS, "interpret_gpu": gpu.CHANNELS}
 # A document that goes on, one that begins inside the row, and padding behind both.
 POSITIONS = np.stack(
     [np.arange(5, 5 + T), np.r_[np.arange(11), np.arange(12), np.full(6, -1)]]
@@ -22,10 +23,10 @@ def short_blocks(monkeypatch):
     monkeypatch.setattr(tpu, "FORWARD", 16)
     monkeypatch.setattr(tpu, "BACKWARD", 8)
     monkeypatch.setattr(tpu, "UNROLLED", 1)  # what is left of the time to compile
+    monkeypatch.setattr(gpu, "BLOCK", 8)
 
 
-@pytest.fixture(scope="module")
-def inputs():
+def inputs(C):
     random = np.random.default_rng(0)
 
     def draw(*shape):
@@ -46,25 +47,32 @@ def run(implementation):
     return call
 
 
-def test_the_kernel_gives_outputs_and_state_of_the_recurrence(inputs, short_blocks):
-    for got, want in zip(run("interpret")(*inputs), run("xla")(*inputs), strict=True):
+@pytest.mark.parametrize("name", CHANNELS)
+def test_a_kernel_gives_outputs_and_state_of_the_recurrence(name, short_blocks):
+    args = inputs(CHANNELS[name])
+    for got, want in zip(run(name)(*args), run("xla")(*args), strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-def test_the_kernel_gives_every_gradient_of_the_recurrence(inputs, short_blocks):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANNELS)
+def test_a_kernel_gives_every_gradient_of_the_recurrence(name, short_blocks):
+    args = inputs(CHANNELS[name])
+
     def weighed(call):
         def total(*args):
             y, end = call(*args)
-            return jnp.sum(y * jnp.cos(jnp.arange(C))) + jnp.sum(end**2)
+            return jnp.sum(y * jnp.cos(jnp.arange(y.shape[2]))) + jnp.sum(end**2)
 
         return jax.grad(total, range(6))
 
-    got, want = weighed(run("interpret"))(*inputs), weighed(run("xla"))(*inputs)
-    for name, a, b in zip("x raw a b c state".split(), got, want, strict=True):
+    got, want = weighed(run(name))(*args), weighed(run("xla"))(*args)
+    for part, a, b in zip("x raw a b c state".split(), got, want, strict=True):
         error = jnp.linalg.norm(a - b) / jnp.linalg.norm(b)
-        assert error < 3e-6, name
+        assert error < 3e-6, part
 
 
+@pytest.mark.parametrize(("platform", "name"), sorted(BEST.items()))
 @pytest.mark.parametrize(
     ("shape", "states", "dtype", "told"),
     [
@@ -73,23 +81,24 @@ def test_the_kernel_gives_every_gradient_of_the_recurrence(inputs, short_blocks)
         ((1, 8, 1024), 16, jnp.float64, "float64"),
     ],
 )
-def test_what_the_kernel_cannot_take_it_refuses_by_name_and_leaves_to_xla(
-    shape, states, dtype, told
+def test_what_a_kernel_cannot_take_it_refuses_by_name_and_leaves_to_xla(
+    platform, name, shape, states, dtype, told
 ):
     with pytest.raises(ValueError, match=told):
-        kernel(shape, states, dtype, "mosaic_tpu")
-    with dispatch.target("tpu"):
+        kernel(shape, states, dtype, name)
+    with dispatch.target(platform):
         assert kernel(shape, states, dtype, None) is None
 
 
-def test_a_tpu_runs_the_kernel_and_a_processor_does_not():
+@pytest.mark.parametrize("platform", BEST)
+def test_an_accelerator_runs_its_kernel_and_a_processor_none(platform):
     shape = (1, 8, 1024)
     assert kernel(shape, 16, jnp.float32, None) is None
-    with dispatch.target("tpu"):
+    with dispatch.target(platform):
         assert kernel(shape, 16, jnp.float32, None) is not None
         assert kernel(shape, 16, jnp.float32, "xla") is None
 
 
-def test_a_name_that_is_not_known_is_an_error(inputs):
+def test_a_name_that_is_not_known_is_an_error():
     with pytest.raises(LclmError, match="known are"):
-        run("cuda")(*inputs)
+        run("cuda")(*inputs(64))
