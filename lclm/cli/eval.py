@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     options.model_options(parser)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="its options")
     parser.add_argument("--out", help="folder (default runs/eval-NAME)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
 
     from lclm.cli.job import CHOICE_KEYS, Choice, Job, Stage
     from lclm.cli.run import run_job

@@ -17,7 +17,7 @@ from jax import lax
 from pallas_kernels.attention.spec import wide, wide_dtype
 from pallas_kernels.attention.xla import HIDDEN, compute_dtype
 
-_SCORES = 1 << 20  # scores held at once by the block loop
+_SCORES = 1 << 21  # scores held at once by the block loop
 _WHOLE = 2048  # caches up to this size are read whole by one query
 _OPENED = 256  # slots of a buffer in a smaller form that are opened at once
 

@@ -111,6 +111,7 @@ def test_every_command_explains_itself(name, capsys):
         (["eval", "passkee", "x"], "did you mean 'passkey'"),
         (["eval", "passkey", "x", "trials"], "'trials' is not key=value"),
         (["eval", "passkey", "x", "trails=3"], "did you mean 'trials'"),
+        (["eval", "passkey", "x", "--dtype", "float32", "trails=3"], "did you mean"),
         (["bench", "x", "--lengths", "2q"], "'2q' is not a whole number"),
     ],
 )
