@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 CHANNELS = 64  # of one warpgroup
 STATES = (8, 16, 32, 64)
+UNROLLED = 4  # tokens of one loop body
 BLOCK = 32  # tokens of a block, fewer where their states would not fit
 _FORGET = 1e30  # a step this long leaves nothing of a state
 _TINY = 1e-37  # stands for a step of 0 where its sign must be kept
@@ -129,8 +130,22 @@ def _kernel(body, interpret, B: int, C: int, out_type, scratch_types):
         grid=(B, C // CHANNELS),
         grid_names=("row", "part"),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # Safe: a thread reads in shared memory what itself, or a copy, has written.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True
+        ),
     )
+
+
+def _walk(count: int, step, carry):
+    """`step(t, carry)` for t = 0, ..., count - 1, some tokens in one loop body."""
+
+    def some(i, carry):
+        for t in range(UNROLLED):
+            carry = step(i * UNROLLED + t, carry)
+        return carry
+
+    return lax.fori_loop(0, count // UNROLLED, some, carry)
 
 
 def _place():
@@ -183,7 +198,7 @@ def _forward(block, saves, x, dt, a, b, c, first, y, end, *rest):
             out[slot, t] = jnp.sum(h * token.states(_row(cs, t, _STATE)), 1)
             return h
 
-        h = lax.fori_loop(0, block, step, h)
+        h = _walk(block, step, h)
         plgpu.commit_smem()
         place = y.at[row, pl.ds(j * block, block), own]
         plgpu.copy_smem_to_gmem(out.at[slot], place)
@@ -245,7 +260,7 @@ def _backward(
             before[t] = h
             return _Token(xs, sizes, bs, decay, t).move(h)
 
-        lax.fori_loop(0, block, again, _tile(starts.at[row, j, own]))
+        _walk(block, again, _tile(starts.at[row, j, own]))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def back(i, carry):
@@ -264,7 +279,7 @@ def _backward(
             out_dt[t] = token.x * by_input + by_decay
             return g * token.decay, da + turned * token.channels(token.size)
 
-        carry = lax.fori_loop(0, block, back, carry)
+        carry = _walk(block, back, carry)
         plgpu.commit_smem()
         tokens = pl.ds(j * block, block)
         for done, place in ((out_x, dx), (out_dt, ddt)):

@@ -24,6 +24,7 @@ def short_blocks(monkeypatch):
     monkeypatch.setattr(tpu, "BACKWARD", 8)
     monkeypatch.setattr(tpu, "UNROLLED", 1)  # what is left of the time to compile
     monkeypatch.setattr(gpu, "BLOCK", 8)
+    monkeypatch.setattr(gpu, "UNROLLED", 2)
 
 
 def inputs(C):
