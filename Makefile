@@ -38,7 +38,7 @@ bench: install $(ORACLES)/.llamacpp  ## side by side with PyTorch and llama.cpp
 	$(PY) -m benchmarks.compare --peer-python=$(ORACLE_PY) $(BENCH_ARGS)
 
 oracles: install $(ORACLES)/.requirements $(ORACLES)-megalodon/.requirements  ## regenerate the goldens and compare
-	set -e; for family in make_goldens mamba mamba2 jamba; do \
+	set -e; for family in make_goldens mamba mamba2 jamba longbench_metrics; do \
 	    $(ORACLE_PY) tests/oracles/$$family.py --check; done
 	$(ORACLES)-megalodon/bin/python tests/oracles/megalodon.py --check
 

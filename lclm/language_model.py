@@ -162,11 +162,14 @@ class LanguageModel:
         seed: int = 0,
         stream: bool = False,
         chunk: int = 512,
+        room: int = 0,
     ) -> Generation | list[Generation] | Stream:
         """Continue a prompt (text or tokens), or a list of them as one ragged batch.
 
         Greedy at temperature 0. With `stream` the result is iterated for text pieces
-        and holds `.result` when done. Several prompts give a list in their order.
+        and holds `.result` when done. Several prompts give a list in their order. The
+        cache has room for `room` tokens behind the prompt, `max_new_tokens` at least:
+        prompts whose sums agree share their compiled programs.
         """
         sampler = Sampler(temperature, top_k, top_p, min_p)
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -181,20 +184,28 @@ class LanguageModel:
             return out[0] if single else out
         if stream and not single:
             raise LclmError("stream=True takes one prompt; generate them one by one")
-        context = self._read(rows, policy, chunk, extra=max_new_tokens)
+        context = self._read(rows, policy, chunk, extra=max(max_new_tokens, room))
         return context._continue(request, stream=stream, single=single)
 
     def prefill(
-        self, text: Prompt | Sequence[Prompt], cache: Policy = "full", chunk: int = 512
+        self,
+        text: Prompt | Sequence[Prompt],
+        cache: Policy = "full",
+        chunk: int = 512,
+        *,
+        room: int = 0,
     ) -> "Context":
-        """Read once, ask many times: the question is not known yet."""
+        """Read once, ask many times: the question is not known yet.
+
+        `room` tokens of questions and answers then fit without a new allocation.
+        """
         rows, single = self._rows(text)
         policy = self._policy(cache)
         if policy.recompute:
             raise LclmError(
                 "recompute keeps no cache to read into; use it with nll or generate"
             )
-        context = self._read(rows, policy, chunk)
+        context = self._read(rows, policy, chunk, extra=room)
         context.single = single
         return context
 

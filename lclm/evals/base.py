@@ -13,6 +13,7 @@ import numpy as np
 from lclm.errors import LclmError
 
 KEY = ("task", "length", "depth", "seed", "cache")
+KEY += ("example", "query", "strategy", "questions")
 
 Record = dict[str, Any]
 Observe = Callable[[str, int, int], None]
@@ -33,6 +34,15 @@ class Answer(Protocol):
     """What `generate` returns."""
 
     text: str
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """What `prefill` returns: a text that has been read and can be asked about."""
+
+    def generate(self, question: str, *, max_new_tokens: int) -> Answer:
+        """Greedy answer; the text read stays as it was."""
+        ...
 
 
 @runtime_checkable
@@ -57,9 +67,20 @@ class LanguageModel(Protocol):
         ...
 
     def generate(
-        self, prompt: str | Sequence[int], *, max_new_tokens: int, cache: str = "full"
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int,
+        cache: str = "full",
+        room: int = 0,
     ) -> Answer:
         """Greedy continuation of a text or of token ids."""
+        ...
+
+    def prefill(
+        self, text: str | Sequence[int], *, cache: str = "full", room: int = 0
+    ) -> "Reader":
+        """A text read before its questions are known, `room` tokens kept for them."""
         ...
 
     def cache_bytes(self, cache: str, length: int) -> int:
@@ -68,19 +89,56 @@ class LanguageModel(Protocol):
 
 
 @dataclass(frozen=True)
-class Example:
-    """One question about one text; `meta` holds what the generator knows of it."""
+class Query:
+    """One question: `text` follows the context and ends where the answer starts.
 
-    context: str
-    question: str
+    asked: the bare question, what a search looks for. gold: the part of the context
+    that answers it. start: the end of `text` that already belongs to the answer. every:
+    all answers are wanted, else any one of them.
+    """
+
+    text: str
     answers: tuple[str, ...]
-    max_new_tokens: int
+    max_new_tokens: int = 32
+    asked: str = ""
+    gold: str = ""
+    start: str = ""
+    every: bool = False
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def perfect(self) -> str:
+        """An answer that deserves the full score."""
+        return ", ".join(self.answers) if self.every else self.answers[0]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text and the questions about it, apart: it can be read before they are known.
+
+    opening: what stands before the context; `meta` holds what the generator knows.
+    """
+
+    context: str
+    queries: tuple[Query, ...]
+    opening: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def query(self) -> Query:
+        """The question of an example that has one."""
+        (only,) = self.queries
+        return only
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The answers of an example that has one question."""
+        return self.query.answers
+
+    @property
     def prompt(self) -> str:
-        """The text a model continues."""
-        return self.context + self.question
+        """All of an example that has one question: the text a model continues."""
+        return self.opening + self.context + self.query.text
 
 
 @dataclass(frozen=True)
@@ -191,7 +249,8 @@ class Journal:
             os.truncate(self.path, len(whole))
 
     def find(self, **key: Any) -> Record | None:
-        """The finished record of this task, length, depth, seed and cache, or None."""
+        """The finished record of this key, or None; what `KEY` names and is not
+        given counts as None."""
         return self._found.get(key_of(key))
 
     def add(self, record: Record) -> Record:

@@ -19,11 +19,13 @@ from lclm.data.haystack import (
     sentence_enders,
 )
 from lclm.data.sources import read
+from lclm.evals.asking import check_questions
 from lclm.evals.base import (
     Example,
     Journal,
     LanguageModel,
     Observe,
+    Query,
     Record,
     Summary,
     Tokenizer,
@@ -182,10 +184,18 @@ def make(
     }
     values = tuple(value for _, value in pairs)
     new_tokens = NEW_TOKENS + 12 * (needles - 1)
-    return Example(OPENING + body, asked, values, new_tokens, meta)
+    query = Query(
+        asked,
+        values,
+        new_tokens,
+        asked=asked.partition("\nAnswer")[0].strip(),
+        gold="\n".join(lines),
+        every=True,
+    )
+    return Example(body, (query,), OPENING, meta)
 
 
-def score(example: Example, answer: str, *, mode: str = "keywords") -> float:
+def score(example: Example | Query, answer: str, *, mode: str = "keywords") -> float:
     """Share of the values found in the answer; `strict`: only in its first line."""
     if mode == "strict":
         answer = (answer.strip().splitlines() or [""])[0]
@@ -196,7 +206,8 @@ def score(example: Example, answer: str, *, mode: str = "keywords") -> float:
 @dataclass(frozen=True)
 class Needle:
     """Score by length and depth. `at` gives the depths; else `points` of them are
-    spread over [0, 1] by `spacing`.
+    spread over [0, 1] by `spacing`. `questions`: "hidden" reads the text, and
+    compresses it, before the question is known.
     """
 
     lengths: tuple[int, ...] = tuple(512 * 2**i for i in range(9))
@@ -208,12 +219,14 @@ class Needle:
     source: str = "kjv"
     caches: tuple[str, ...] = ("full",)
     mode: str = "keywords"
+    questions: str = "seen"
     seed: int = 0
 
     SCOPE: ClassVar = ("source", "needles", "mode")
 
     def __post_init__(self):
         check_grid(self.lengths, self.at, self.caches)
+        check_questions(self.questions)
         require(self.trials >= 1, f"trials is {self.trials}; at least 1")
         require(self.mode in MODES, f"mode is {self.mode!r}; allowed are {MODES}")
         depths(self.points, spacing=self.spacing)
@@ -256,7 +269,7 @@ class Needle:
             starts=starts,
         )
 
-    def grade(self, example: Example, answer: str) -> float:
+    def grade(self, example: Example | Query, answer: str) -> float:
         """Score of an answer in [0, 1]."""
         return score(example, answer, mode=self.mode)
 
@@ -273,12 +286,13 @@ class Needle:
             return self._make(lm.tokenizer, built[0], cell, starts)
 
         def ask(question: Example, cell: Cell) -> Record:
-            text = generate(lm, question, cell)
+            text = generate(lm, question, cell, self.questions)
             return {"prediction": text, "score": self.grade(question, text)}
 
         return run_grid(
             self.cells(),
             task="needle",
+            questions=self.questions,
             make=example,
             ask=ask,
             journal=journal,
@@ -288,5 +302,9 @@ class Needle:
     def summary(self, records: Sequence[Record], *, trained: int) -> Summary:
         """Score by cache and length, CSV of every cell, a heatmap per cache."""
         return summarise(
-            records, title="Needle in a haystack", slug="needle", caches=self.caches
+            records,
+            title="Needle in a haystack",
+            slug="needle",
+            caches=self.caches,
+            questions=self.questions,
         )

@@ -13,11 +13,13 @@ from typing import ClassVar
 import numpy as np
 
 from lclm.data.haystack import fit
+from lclm.evals.asking import check_questions
 from lclm.evals.base import (
     Example,
     Journal,
     LanguageModel,
     Observe,
+    Query,
     Record,
     Summary,
     Tokenizer,
@@ -66,11 +68,12 @@ def make(
     def parts(sentences: int) -> tuple[str, str]:
         filler = [FILLER[i % len(FILLER)] for i in range(sentences)]
         at = round(depth * sentences)
-        before = OPENING + " ".join(filler[:at]) + "\n"
+        before = " ".join(filler[:at]) + "\n"
         return before, FACT.format(key=key) + "\n" + " ".join(filler[at:])
 
     def size(sentences: int) -> int:
-        return starts + len(tokenizer.encode("".join(parts(sentences)) + QUESTION))
+        text = OPENING + "".join(parts(sentences)) + QUESTION
+        return starts + len(tokenizer.encode(text))
 
     overhead = size(0)
     unit = max(1.0, (size(len(FILLER)) - overhead) / len(FILLER))
@@ -79,13 +82,14 @@ def make(
     total = size(count)
     meta = {
         "prompt_tokens": total,
-        "actual_depth": round(len(tokenizer.encode(before)) / total, 4),
+        "actual_depth": round(len(tokenizer.encode(OPENING + before)) / total, 4),
         "key": key,
     }
-    return Example(before + after, QUESTION, (key,), NEW_TOKENS, meta)
+    query = Query(QUESTION, (key,), NEW_TOKENS, gold=FACT.format(key=key))
+    return Example(before + after, (query,), OPENING, meta)
 
 
-def score(example: Example, answer: str) -> float:
+def score(example: Example | Query, answer: str) -> float:
     """1 if the first run of digits in the answer is the key, else 0."""
     digits = re.search(r"\d+", answer)
     return float(digits is not None and digits.group() == example.answers[0])
@@ -118,7 +122,8 @@ class Passkey:
     """Accuracy by length and depth. `bins` > 0 draws the depths, one in each of that
     many equal slices per trial (1 is uniform); else `depths` are asked as given.
 
-    `score`: "generate" reads ten greedy tokens, "forced" adds log p(key).
+    `score`: "generate" reads ten greedy tokens, "forced" adds log p(key). `questions`:
+    "hidden" reads the context, and compresses it, before the question is known.
     """
 
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
@@ -127,12 +132,14 @@ class Passkey:
     trials: int = 1
     caches: tuple[str, ...] = ("full",)
     score: str = "generate"
+    questions: str = "seen"
     seed: int = 0
 
     SCOPE: ClassVar = ("score",)
 
     def __post_init__(self):
         check_grid(self.lengths, self.depths, self.caches)
+        check_questions(self.questions)
         require(self.trials >= 1, f"trials is {self.trials}; at least 1")
         require(self.bins >= 0, f"bins is {self.bins}; 0 or more")
         require(
@@ -140,6 +147,10 @@ class Passkey:
             "depths is empty and bins is 0: give one of them",
         )
         require(self.score in SCORES, f"score is {self.score!r}; allowed are {SCORES}")
+        require(
+            self.score == "generate" or self.questions == "seen",
+            "score='forced' reads the question with the key: use questions='seen'",
+        )
 
     def cells(self) -> list[Cell]:
         """Every question, cache by cache, short lengths first."""
@@ -162,7 +173,7 @@ class Passkey:
             make(tokenizer, length=c.length, depth=c.depth, seed=c.seed) for c in cells
         ]
 
-    def grade(self, example: Example, answer: str) -> float:
+    def grade(self, example: Example | Query, answer: str) -> float:
         """Score of an answer in [0, 1]."""
         return score(example, answer)
 
@@ -176,12 +187,13 @@ class Passkey:
         def ask(example: Example, cell: Cell) -> Record:
             if self.score == "forced":
                 return forced(lm, example, cache=cell.cache)
-            text = generate(lm, example, cell)
+            text = generate(lm, example, cell, self.questions)
             return {"prediction": text, "score": score(example, text)}
 
         return run_grid(
             self.cells(),
             task="passkey",
+            questions=self.questions,
             make=lambda c: make(
                 lm.tokenizer,
                 length=c.length,
@@ -201,5 +213,9 @@ class Passkey:
             centres = [round((s + 0.5) / self.bins, 4) for s in slices]
             records = [{**r, "depth": c} for r, c in zip(records, centres, strict=True)]
         return summarise(
-            records, title="Passkey retrieval", slug="passkey", caches=self.caches
+            records,
+            title="Passkey retrieval",
+            slug="passkey",
+            caches=self.caches,
+            questions=self.questions,
         )

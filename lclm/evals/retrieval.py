@@ -1,15 +1,16 @@
 """The grid that passkey and needle share: lengths x depths x trials x caches."""
 
+import dataclasses
 import itertools
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lclm.evals import figures
+from lclm.evals.asking import NOTES, Prompt, Task, answer_all, run_tasks
 from lclm.evals.base import (
     Example,
     Journal,
@@ -64,44 +65,38 @@ def run_grid(
     cells: Sequence[Cell],
     *,
     task: str,
+    questions: str,
     make: Callable[[Cell], Example],
     ask: Callable[[Example, Cell], Record],
     journal: Journal,
     observe: Observe,
 ) -> list[Record]:
     """Ask every cell that the journal lacks, one record on disk after each."""
-    records = []
-    for number, cell in enumerate(cells):
-        label = f"{task} · {cell.cache}"
-        mine = [c for c in cells if c.cache == cell.cache]
-        observe(label, mine.index(cell), len(mine))
-        key = dict(
-            task=task,
-            length=cell.length,
-            depth=cell.depth,
-            seed=cell.seed,
-            cache=cell.cache,
-        )
-        record = journal.find(**key)
-        if record is None:
+    # Records without the word are those of runs that saw the question.
+    way = {} if questions == "seen" else {"questions": questions}
+
+    def entry(cell: Cell) -> Task:
+        key = dict(task=task, **dataclasses.asdict(cell), **way)
+
+        def work(_: Sequence[int]) -> Iterable[Record]:
             example = make(cell)
-            start = time.perf_counter()
-            found = ask(example, cell)
-            seconds = time.perf_counter() - start
             meta = {**example.meta, "answers": list(example.answers)}
-            record = journal.add({**key, **meta, **found, "seconds": seconds})
-        records.append(record)
-        if number + 1 == len(cells) or cells[number + 1].cache != cell.cache:
-            observe(label, len(mine), len(mine))
-    return records
+            yield {**meta, **ask(example, cell)}
+
+        return Task(f"{task} · {cell.cache}", (key,), work)
+
+    return run_tasks([entry(c) for c in cells], journal=journal, observe=observe)
 
 
-def generate(lm: LanguageModel, example: Example, cell: Cell) -> str:
+def generate(lm: LanguageModel, example: Example, cell: Cell, questions: str) -> str:
     """The model's greedy answer as text."""
-    answer = lm.generate(
-        example.prompt, max_new_tokens=example.max_new_tokens, cache=cell.cache
-    )
-    return answer.text
+    query = example.query
+    if questions == "seen":
+        new = query.max_new_tokens
+        return lm.generate(example.prompt, max_new_tokens=new, cache=cell.cache).text
+    prompt = Prompt(example.opening + example.context, query.text, query)
+    (said,) = answer_all(lm, [prompt], cache=cell.cache, questions=questions)
+    return said["prediction"]
 
 
 def grid_of(records: Sequence[Record], field: str = "score") -> tuple:
@@ -124,7 +119,12 @@ def grid_of(records: Sequence[Record], field: str = "score") -> tuple:
 
 
 def summarise(
-    records: Sequence[Record], *, title: str, slug: str, caches: Sequence[str]
+    records: Sequence[Record],
+    *,
+    title: str,
+    slug: str,
+    caches: Sequence[str],
+    questions: str = "seen",
 ) -> Summary:
     """A table of scores by length, a CSV of every cell, heatmaps by model and cache."""
     lengths = sorted({r["length"] for r in records})
@@ -148,7 +148,7 @@ def summarise(
             )
     columns = (first, *(f"{n:,} tokens" for n in lengths), "all")
     header = (first, "length", "depth", "score", "n")
-    panels = [Panel(title, columns, tuple(rows))]
+    panels = [Panel(title, columns, tuple(rows), NOTES[questions])]
     if 0 < len(records) <= LISTED:
         columns = (first, "prompt tokens", "depth", "wanted", "model said", "score")
         panels.append(Panel(f"{title}: answers", columns, tuple(answers)))

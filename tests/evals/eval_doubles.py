@@ -55,6 +55,23 @@ class Said:
     text: str
 
 
+@dataclass
+class Read:
+    """A text that was read, and the room behind it that no question may exceed."""
+
+    lm: "Scripted"
+    ids: list
+    cache: str
+    room: int
+
+    def generate(self, question, *, max_new_tokens):
+        asked = self.lm.tokenizer.encode(question)
+        assert len(asked) + max_new_tokens <= self.room
+        return self.lm.generate(
+            self.ids + asked, max_new_tokens=max_new_tokens, cache=self.cache
+        )
+
+
 class Scripted:
     """Losses that depend on the token and the position; answers found by search.
 
@@ -77,7 +94,12 @@ class Scripted:
         place = np.arange(1, tokens.shape[1])
         return (1 + tokens[:, 1:] % 7 / 7 + 1 / place).astype(np.float32)
 
-    def generate(self, prompt, *, max_new_tokens, cache="full"):
+    def prefill(self, text, *, cache="full", room=0):
+        ids = self.encode(text) if isinstance(text, str) else list(text)
+        self.calls.append(("prefill", cache, len(ids), len(ids) + room))
+        return Read(self, ids, cache, room)
+
+    def generate(self, prompt, *, max_new_tokens, cache="full", room=0):
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         self.calls.append(("generate", cache, len(ids)))
         text = self.tokenizer.decode(ids[-self.sees :] if self.sees else ids)

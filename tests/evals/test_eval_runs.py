@@ -8,7 +8,7 @@ import pytest
 from eval_doubles import Scripted
 
 from lclm.errors import LclmError
-from lclm.evals.base import Journal, key_of
+from lclm.evals.base import KEY, Journal, key_of
 from lclm.evals.curves import buckets, even_edges, log_edges
 from lclm.evals.needle import Needle
 from lclm.evals.passkey import Passkey
@@ -27,15 +27,7 @@ def test_journal_gives_back_what_was_added(tmp_path):
     Journal(path).add(record(score=1.0, nll=float("nan"), x=np.float32(2)))
     again = Journal(path)
     assert again.records == [record(score=1.0, nll=None, x=2.0, scope="")]
-    found = again.find(
-        **dict(
-            zip(
-                ("task", "length", "depth", "seed", "cache"),
-                key_of(record()),
-                strict=True,
-            )
-        )
-    )
+    found = again.find(**dict(zip(KEY, key_of(record()), strict=True)))
     assert found is again.records[0]
     assert again.find(task="t", length=2, depth=0.5, seed=0, cache="full") is None
 

@@ -130,6 +130,14 @@ def test_reading_token_by_token_compiles_one_program_for_each_size_of_room(lm):
     np.testing.assert_allclose(logits[0], lm.logits([text])[0, -1], atol=1e-4)
 
 
+def test_room_is_allocated_at_once_and_changes_no_token(lm):
+    text = tokens(1, 30)[0].tolist()
+    context = lm.prefill(text[:20], chunk=8, room=15)
+    assert context.session.length == 35
+    assert context.generate(text[20:], 5).tokens == greedy(lm, text, 5)
+    assert lm.generate(text, 5, chunk=8, room=5).tokens == greedy(lm, text, 5)
+
+
 def test_a_saved_context_answers_as_the_live_one(lm, tmp_path):
     text = tokens(1, 30)[0].tolist()
     for policy in ("full", "streaming:sinks=2,window=6"):

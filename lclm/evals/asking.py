@@ -1,0 +1,121 @@
+"""Putting questions to a model: each context read once, each answer kept at once."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from lclm.errors import unknown
+from lclm.evals.base import Journal, LanguageModel, Observe, Query, Record
+
+QUESTIONS = ("hidden", "seen")
+NOTES = {
+    "hidden": "Contexts were read, and compressed, before their questions were known.",
+    "seen": "Query-aware: the cache read every question together with its context.",
+}
+FINEST = 64
+
+
+def check_questions(questions: str) -> None:
+    """Refuse a way of asking that is not one."""
+    if questions not in QUESTIONS:
+        raise unknown("way of asking", questions, QUESTIONS)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Measurements made together: their keys, and the work that yields their records.
+
+    `work` gets the indices of the keys that the journal lacks, in order.
+    """
+
+    label: str
+    keys: tuple[Record, ...]
+    work: Callable[[Sequence[int]], Iterable[Record]]
+
+
+def run_tasks(
+    tasks: Sequence[Task], *, journal: Journal, observe: Observe
+) -> list[Record]:
+    """Do what the journal lacks, one record on disk after each measurement."""
+    totals: dict[str, int] = {}
+    for task in tasks:
+        totals[task.label] = totals.get(task.label, 0) + len(task.keys)
+    done = dict.fromkeys(totals, 0)
+    records = []
+    for task in tasks:
+        observe(task.label, done[task.label], totals[task.label])
+        found = [journal.find(**key) for key in task.keys]
+        missing = [i for i, record in enumerate(found) if record is None]
+        start = time.perf_counter()
+        results = zip(missing, task.work(missing), strict=True) if missing else ()
+        for i, result in results:
+            now = time.perf_counter()
+            told = {**task.keys[i], **result, "seconds": now - start}
+            found[i] = journal.add(told)
+            start = time.perf_counter()
+        records += found
+        done[task.label] += len(task.keys)
+        observe(task.label, done[task.label], totals[task.label])
+    return records
+
+
+def roomy(tokens: int) -> int:
+    """The next of a few lengths: 4 an octave, so that few shapes are compiled."""
+    step = max(FINEST, 1 << max(tokens.bit_length() - 3, 0))
+    return -(-tokens // step) * step
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is read ahead of a question, and what is read with it."""
+
+    before: str
+    after: str
+    query: Query
+
+
+def answer_all(
+    lm: LanguageModel, prompts: Sequence[Prompt], *, cache: str, questions: str
+) -> Iterable[Record]:
+    """The greedy answer to each prompt; neighbours with one `before` share its reading.
+
+    "seen" reads both parts as one text, for each prompt anew.
+    """
+    held = context = None
+    for i, prompt in enumerate(prompts):
+        alone = questions == "seen" or not prompt.before
+        before = prompt.before + prompt.after if alone else prompt.before
+        if before != held:
+            ids = _first(lm, before)
+            context = None
+        if alone:
+            new = prompt.query.max_new_tokens
+            room = roomy(len(ids) + new) - len(ids)
+            said = lm.generate(ids, max_new_tokens=new, cache=cache, room=room)
+            asked = 0
+        else:
+            if context is None:
+                room = _room(lm, prompts[i:], len(ids))
+                context = lm.prefill(ids, cache=cache, room=room)
+            asked = len(lm.tokenizer.encode(prompt.after))
+            said = context.generate(
+                prompt.after, max_new_tokens=prompt.query.max_new_tokens
+            )
+        held = before
+        yield {"prediction": said.text, "prompt_tokens": len(ids) + asked}
+
+
+def _first(lm: LanguageModel, text: str) -> list[int]:
+    """Tokens of a first text; a template's own start token is not said twice."""
+    ids, start = lm.encode(text), lm.encode("")
+    twice = start and ids[len(start) : 2 * len(start)] == start
+    return ids[len(start) :] if twice else ids
+
+
+def _room(lm: LanguageModel, prompts: Sequence[Prompt], read: int) -> int:
+    """Tokens for the longest question and answer of the prompts that share a text."""
+    sharing = [p for p in prompts if p.before == prompts[0].before]
+    longest = max(
+        len(lm.tokenizer.encode(p.after)) + p.query.max_new_tokens for p in sharing
+    )
+    return roomy(read + longest) - read
