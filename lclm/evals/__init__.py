@@ -20,6 +20,22 @@ EVALS = Table(
             "lclm.evals.needle:Needle",
             "facts hidden in a real text, by length and depth, with a heatmap",
         ),
+        "longbench": Entry(
+            "lclm.evals.longbench:LongBench",
+            "LongBench and -E from the benchmark's folder, 21 datasets",
+        ),
+        "longbench_v2": Entry(
+            "lclm.evals.longbench_v2:LongBenchV2",
+            "LongBench v2, four choices about long texts, from its data.json",
+        ),
+        "ruler": Entry(
+            "lclm.evals.ruler:Ruler",
+            "RULER's 13 tasks over lengths, with the effective length",
+        ),
+        "lost_in_the_middle": Entry(
+            "lclm.evals.lost_in_the_middle:LostInTheMiddle",
+            "an answer at every place among documents or keys, with bounds",
+        ),
     },
 )
 

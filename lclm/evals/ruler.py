@@ -1,0 +1,182 @@
+"""RULER (arXiv 2404.06654): 13 tasks over lengths, and the length that still counts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
+
+from lclm.data.haystack import fit
+from lclm.data.sources import check, read
+from lclm.errors import unknown
+from lclm.evals import metrics
+from lclm.evals.asking import NOTES
+from lclm.evals.base import (
+    Example,
+    Journal,
+    LanguageModel,
+    Observe,
+    Panel,
+    Query,
+    Record,
+    Summary,
+    Tokenizer,
+    require,
+    show,
+    silent,
+    to_csv,
+)
+from lclm.evals.exam import Exam, Item, mean, ways
+from lclm.evals.ruler_tasks import TASKS, Sample, Source
+
+PASS = 85.6  # Llama-2-7B at 4K
+
+
+def make(
+    tokenizer: Tokenizer, task: str, sample: Sample, *, starts: int = 0
+) -> Example:
+    """A prompt that with its answer takes at most `length` tokens, less than a unit
+    below; `starts` tokens (BOS) that the model adds by itself are counted in.
+
+    Raises:
+      LclmError: not even the bare task fits.
+    """
+    build = TASKS[task](sample)
+    bare = build(0)
+    new = bare.query.max_new_tokens
+
+    def size(units: int) -> int:
+        made = build(units)
+        if made is None:
+            return sample.length + 1
+        return starts + len(tokenizer.encode(made.prompt)) + new
+
+    few, many = size(0), size(64)
+    unit = max((many - few) / 64, 0.05) if many > few else 1.0
+    count = fit(size, sample.length, guess=int((sample.length - few) / unit))
+    found = build(count)
+    return replace(found, meta={"ruler": task, "units": count, "total": size(count)})
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """Scores of `samples` questions a task and length; lengths include the answer.
+
+    The effective length is the longest whose mean over the tasks is above `threshold`
+    percent. source: the text of essays and words.
+    """
+
+    lengths: tuple[int, ...] = (4096, 8192)
+    tasks: tuple[str, ...] = tuple(TASKS)
+    samples: int = 5
+    source: str = "kjv"
+    threshold: float = PASS
+    seed: int = 42
+    budget: int = 0
+    chat: bool = False
+    caches: tuple[str, ...] = ("full",)
+    strategies: tuple[str, ...] = ("whole",)
+    questions: str = "hidden"
+
+    SCOPE: ClassVar = ("source", "budget", "chat")
+
+    def __post_init__(self):
+        require(bool(self.lengths), "lengths is empty: give at least one, in tokens")
+        require(bool(self.tasks), "tasks is empty: give at least one")
+        for task in self.tasks:
+            if task not in TASKS:
+                raise unknown("RULER task", task, TASKS)
+        require(self.samples >= 1, f"samples is {self.samples}; at least 1")
+        check(self.source)
+        self.exam()
+
+    def exam(self) -> Exam:
+        """How the questions are put."""
+        return Exam(
+            self.caches, self.strategies, self.questions, self.budget, self.chat
+        )
+
+    @cached_property
+    def _source(self) -> Source:
+        return Source.of(read(self.source))
+
+    def items(self, tokenizer: Tokenizer, starts: int = 0) -> list[Item]:
+        """Every question, length by length, still to be built."""
+
+        def item(task: str, length: int, seed: int) -> Item:
+            def build() -> Example:
+                sample = Sample(self._source, length, seed)
+                return make(tokenizer, task, sample, starts=starts)
+
+            return Item({"example": task, "length": length, "seed": seed}, build)
+
+        return [
+            item(task, length, self.seed + number)
+            for length in sorted(self.lengths)
+            for task in self.tasks
+            for number in range(self.samples)
+        ]
+
+    def examples(self, tokenizer: Tokenizer) -> list[Example]:
+        """Every example, built."""
+        return [item.make() for item in self.items(tokenizer)]
+
+    def grade(self, query: Query, answer: str) -> float:
+        """The share of the wanted strings that occur; for qa, whether any does."""
+        score = metrics.contains_all if query.every else metrics.contains_any
+        return score(answer, query.answers)
+
+    def run(
+        self, lm: LanguageModel, *, journal: Journal, observe: Observe = silent
+    ) -> list[Record]:
+        """Ask every question not yet in the journal."""
+        return self.exam().run(
+            self.items(lm.tokenizer, len(lm.encode(""))),
+            lm=lm,
+            task="ruler",
+            grade=self.grade,
+            journal=journal,
+            observe=observe,
+        )
+
+    def summary(self, records: Sequence[Record], *, trained: int) -> Summary:
+        """Means and effective length by way of reading; tasks by length; a CSV file."""
+        lengths = sorted({r["length"] for r in records})
+        titles = [f"{n:,} tokens" for n in lengths]
+        rows, panels, lines = [], [], []
+        for way, mine in ways(records):
+            tasks = [t for t in TASKS if any(r["ruler"] == t for r in mine)]
+            cells = {
+                (task, n): [r for r in mine if (r["ruler"], r["length"]) == (task, n)]
+                for task in tasks
+                for n in lengths
+            }
+            means = [_mean([mean(cells[t, n]) for t in tasks]) for n in lengths]
+            good = [n for n, m in zip(lengths, means, strict=True)
+                    if m is not None and 100 * m > self.threshold]  # fmt: skip
+            effective = f"{max(good):,}" if good else f"under {lengths[0]:,}"
+            rows.append((way, *(_percent(m) for m in means), effective))
+            by_task = tuple(
+                (t, *(_percent(mean(cells[t, n])) for n in lengths)) for t in tasks
+            )
+            panels.append(Panel(f"RULER, {way}", ("task", *titles), by_task))
+            for (task, n), part in cells.items():
+                if (score := mean(part)) is not None:
+                    lines.append((f'"{way}"', task, n, round(score, 4), len(part)))
+        note = (
+            f"Effective length: the longest with a mean above {self.threshold:g} over "
+            f"the tasks asked ({len(self.tasks)} of {len(TASKS)}). "
+            f"{NOTES[self.questions]}"
+        )
+        first = Panel("RULER", ("way", *titles, "effective"), tuple(rows), note)
+        header = ("way", "task", "length", "score", "n")
+        csv = {"ruler.csv": to_csv(header, lines)}
+        return Summary((first, *panels), {}, csv)
+
+
+def _percent(value: float | None) -> str:
+    return show(value, ".1f", scale=100)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
