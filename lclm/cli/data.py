@@ -1,4 +1,4 @@
-"""`lclm data build|list|show|stats`: the tokens that runs are trained on."""
+"""`lclm data`: the tokens that runs are trained on, and files to evaluate with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ COMMANDS = {
     "list": "tokens that are kept",
     "show": "rows of the mixture as text",
     "stats": "documents, tokens and rows of every part",
+    "longbench_mini": "write real data in LongBench's format",
 }
 LENGTH = 1024
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--tokenizer", help="bytes, a model, or a folder with a tokenizer.json"
     )
-    parser.add_argument("--folder", help="where tokens are kept")
+    parser.add_argument("--folder", help="where tokens are kept, or files written")
     parser.add_argument("--length", type=options.positive, help="tokens a row")
     parser.add_argument("--rows", type=options.positive, default=2, help="for show")
     parser.add_argument("--seed", type=int, default=0)
@@ -62,10 +63,21 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--clean", action="store_true", help="with list: remove unfinished builds"
     )
+    mini = parser.add_argument_group("longbench_mini")
+    mini.add_argument(
+        "--examples", type=options.positive, help="a dataset (100 in all)"
+    )
+    mini.add_argument(
+        "--words", type=options.positive, default=3000, help="longest context (3000)"
+    )
+    mini.add_argument("--qmsum", default="", help="a jsonl file of QMSum")
     args = parser.parse_args(argv)
     console = Console()
     if args.command == "list":
         _list(console, args.folder or "", clean=args.clean)
+        return
+    if args.command == "longbench_mini":
+        _mini(args, console)
         return
     if bool(args.config) == bool(args.source):
         parser.error("give either --config=FILE.py or --source=NAME:KEY=VALUE,...")
@@ -77,6 +89,24 @@ def main(argv: Sequence[str]) -> None:
         _stats(job, opened, console)
     else:
         _show(job, args.rows, console)
+
+
+def _mini(args: Any, console: Console) -> None:
+    from lclm.data import longbench_mini
+
+    folder = Path(args.folder or "longbench-mini")
+    written = longbench_mini.write(
+        folder,
+        examples=args.examples or 0,
+        words=args.words,
+        seed=args.seed,
+        qmsum=args.qmsum,
+    )
+    table = Table("dataset", Column("examples", justify="right"))
+    for name, count in written.items():
+        table.add_row(name, str(count))
+    console.print(table)
+    console.print(f"lclm eval longbench MODEL folder={folder}", markup=False)
 
 
 def find_tokenizer(name: str) -> Any:
