@@ -46,13 +46,9 @@ def run_tasks(
         observe(task.label, done[task.label], totals[task.label])
         found = [journal.find(**key) for key in task.keys]
         missing = [i for i, record in enumerate(found) if record is None]
-        start = time.perf_counter()
         results = zip(missing, task.work(missing), strict=True) if missing else ()
         for i, result in results:
-            now = time.perf_counter()
-            told = {**task.keys[i], **result, "seconds": now - start}
-            found[i] = journal.add(told)
-            start = time.perf_counter()
+            found[i] = journal.add({**task.keys[i], **result})
         records += found
         done[task.label] += len(task.keys)
         observe(task.label, done[task.label], totals[task.label])
@@ -79,10 +75,12 @@ def answer_all(
 ) -> Iterable[Record]:
     """The greedy answer to each prompt; neighbours with one `before` share its reading.
 
-    "seen" reads both parts as one text, for each prompt anew.
+    "seen" reads both parts as one text, for each prompt anew. The first of those that
+    share a context bears the seconds of its reading.
     """
     held = context = None
     for i, prompt in enumerate(prompts):
+        start = time.perf_counter()
         alone = questions == "seen" or not prompt.before
         before = prompt.before + prompt.after if alone else prompt.before
         if before != held:
@@ -102,7 +100,11 @@ def answer_all(
                 prompt.after, max_new_tokens=prompt.query.max_new_tokens
             )
         held = before
-        yield {"prediction": said.text, "prompt_tokens": len(ids) + asked}
+        yield {
+            "prediction": said.text,
+            "prompt_tokens": len(ids) + asked,
+            "seconds": time.perf_counter() - start,
+        }
 
 
 def _first(lm: LanguageModel, text: str) -> list[int]:

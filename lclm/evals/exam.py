@@ -85,21 +85,28 @@ class Exam:
         wrap = chat_wrap(lm) if self.chat else None
         tasks = []
         for cache, strategy in itertools.product(self.caches, self.strategies):
-            build, desk = make(strategy), Desk(lm, self.budget, cache)
             way = dict(cache=cache, strategy=strategy, questions=self.questions)
-            label = f"{task} · {cache} · {strategy}"
+            keys = [_keys({"task": task, **item.key, **way}, item) for item in items]
+            # What a strategy lacks is said before any model runs, and a finished run
+            # needs none of it.
+            asked = any(journal.find(**key) is None for some in keys for key in some)
+            build = make(strategy) if asked else None
+            desk = Desk(lm, self.budget, cache)
 
             def prompt(example: Example, query: Query, build=build, desk=desk):
                 made = build(example, query, desk)
                 wrapped = wrap and made and example.meta.get("chat", True)
                 return _wrapped(made, wrap) if wrapped else made
 
-            for item in items:
-                base = {"task": task, **item.key, **way}
-                keys = tuple({**base, "query": i} for i in range(item.queries))
+            label = f"{task} · {cache} · {strategy}"
+            for item, its in zip(items, keys, strict=True):
                 work = _work(item, prompt, lm=lm, grade=grade, way=way)
-                tasks.append(Task(label, keys, work))
+                tasks.append(Task(label, its, work))
         return run_tasks(tasks, journal=journal, observe=observe)
+
+
+def _keys(base: Record, item: Item) -> tuple[Record, ...]:
+    return tuple({**base, "query": i} for i in range(item.queries))
 
 
 def _work(item: Item, prompt: Callable, *, lm: LanguageModel, grade: Grade, way: dict):

@@ -167,6 +167,13 @@ class LongBench:
         )
         self.exam()
 
+    @property
+    def title(self) -> str:
+        """What the tables call the files: LongBench, -E of it, or LongBench-mini."""
+        readme = Path(self.folder).expanduser() / "README.md"
+        mini = readme.is_file() and readme.read_bytes().startswith(b"LongBench-mini")
+        return "LongBench" + ("-mini" if mini else "") + ("-E" if self.extended else "")
+
     def exam(self) -> Exam:
         """How the questions are put."""
         return Exam(
@@ -210,9 +217,9 @@ class LongBench:
         """A row for each dataset and mean, a column for each way of reading."""
         found = ways(records)
         if self.extended:
-            panels = [_buckets(name, mine) for name, mine in found]
+            panels = [_buckets(name, mine, self.title) for name, mine in found]
         else:
-            panels = [_scores(found)]
+            panels = [_scores(found, self.title)]
         skipped = sum("skipped" in r for r in records)
         notes = [NOTES[self.questions], f"{skipped} questions did not fit.",
                  f"Chinese words by {metrics.segmenter()}."]  # fmt: skip
@@ -233,7 +240,7 @@ def _average(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _scores(found: list[tuple[str, list[Record]]]) -> Panel:
+def _scores(found: list[tuple[str, list[Record]]], title: str) -> Panel:
     """Datasets, means of categories, and per language the mean of its categories."""
     scores = [
         {n: mean(r for r in mine if r["dataset"] == n) for n in DATASETS}
@@ -255,19 +262,18 @@ def _scores(found: list[tuple[str, list[Record]]]) -> Panel:
         if of:
             alls = (_percent(_average(list(m.values()))) for m in means)
             rows.append((f"all ({language})", *alls))
-    columns = ("dataset", *(name or "score" for name, _ in found))
-    return Panel("LongBench", columns, tuple(rows))
+    columns = ("dataset", *(name for name, _ in found))
+    return Panel(title, columns, tuple(rows))
 
 
-def _buckets(way: str, mine: list[Record]) -> Panel:
+def _buckets(way: str, mine: list[Record], title: str) -> Panel:
     rows = []
     for name in DATASETS:
         its = [r for r in mine if r["dataset"] == name]
         if its:
             cells = [mean(r for r in its if bucket(r["length"]) == b) for b in BUCKETS]
             rows.append((name, *(_percent(c) for c in cells)))
-    title = f"LongBench-E, {way}" if way else "LongBench-E"
-    return Panel(title, ("dataset", *BUCKETS), tuple(rows))
+    return Panel(f"{title}, {way}", ("dataset", *BUCKETS), tuple(rows))
 
 
 def _csv(found: list[tuple[str, list[Record]]]) -> list[tuple]:

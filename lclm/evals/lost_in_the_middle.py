@@ -41,6 +41,7 @@ KV_OPENING = "Find the value of a key in the JSON object below.\n\nJSON data:\n"
 KV_FIELDS = {"ordered_kv_records": list, "key": str, "value": str}
 QA_FIELDS = {"question": str, "answers": list, "ctxs": list}
 DOCUMENT = {"title": str, "text": str}
+POOL = 1000  # questions whose gold paragraphs distract from each other's
 CANDIDATES = 200  # documents among which the nearest are looked for
 
 
@@ -222,7 +223,7 @@ class LostInTheMiddle:
             found = read_kv(path, self.limit)
             return [self._cut(a) for a in found] if self.total else found
         # Distractors come from the whole file, also where few questions are asked.
-        whole = read_qa(path, 0) if self.file else _hotpot()
+        whole = read_qa(path, 0) if self.file else _hotpot(max(self.limit, POOL))
         chosen = whole[: self.limit or None]
         most = max(len(a.others) for a in chosen)
         total = self.total or (most + 1 if most else 20)
@@ -318,8 +319,8 @@ def _place(item: Item) -> str:
     return item.key["example"].partition("@")[2]
 
 
-def _hotpot() -> list[Asked]:
-    """HotpotQA's questions with one gold paragraph that holds the answer."""
+def _hotpot(most: int) -> list[Asked]:
+    """HotpotQA's first questions with one gold paragraph that holds the answer."""
     from lclm.data.qa import hotpotqa
 
     found = []
@@ -333,4 +334,6 @@ def _hotpot() -> list[Asked]:
                 p for p in paragraphs.values() if plain not in metrics.normalize(p)
             )
             found.append(Asked(question.question, (question.answer,), gold[0], others))
+        if len(found) == most:
+            break
     return found

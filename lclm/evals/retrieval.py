@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,9 @@ def run_grid(
         def work(_: Sequence[int]) -> Iterable[Record]:
             example = make(cell)
             meta = {**example.meta, "answers": list(example.answers)}
-            yield {**meta, **ask(example, cell)}
+            start = time.perf_counter()
+            found = ask(example, cell)
+            yield {**meta, **found, "seconds": time.perf_counter() - start}
 
         return Task(f"{task} · {cell.cache}", (key,), work)
 

@@ -74,6 +74,7 @@ def test_scores_are_means_of_datasets_then_of_categories(folder, lm, tmp_path):
     wanted = {"hotpotqa": (1, 0), "2wikimqa": (1, 1), "trec": (0.5, 0), "lsht": (1, 0)}
     for record in records:
         record["score"] = wanted[record["dataset"]][record["query"]]
+    assert job.summary(records, trained=0).panels[0].title == "LongBench"
     rows = dict(job.summary(records, trained=0).panels[0].rows)
     assert rows["hotpotqa"] == "50.00" and rows["trec"] == "25.00"
     assert rows["multi-document QA (en)"] == "75.00"

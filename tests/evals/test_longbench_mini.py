@@ -53,6 +53,7 @@ def folder(tmp_path):
 
 def test_the_reader_takes_it_and_the_same_seed_gives_the_same_files(folder, tmp_path):
     job = LongBench(str(folder))
+    assert job.title == "LongBench-mini"
     assert sum(item.queries for item in job.items()) == 3 * 6
     for example in job.examples(None):
         for query in example.queries:

@@ -110,6 +110,23 @@ def test_dense_and_hybrid_rank_by_the_encoder_they_are_given(lm, monkeypatch):
     assert search.fused([1, 0, 2], [1, 2, 0])[1] == 2 / 61
 
 
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_shipped_encoder_computes_what_transformers_does():
+    embed = encoder.load_encoder()
+    texts = ["Who wrote Emma?", "Jane Austen wrote the novel Emma in 1815.",
+             "The cat slept."]  # fmt: skip
+    # BertModel of transformers 5.23 on the same weights, mean over the mask, float32.
+    heads = [
+        [-0.47549906, -0.46128055, 0.54128742, 0.15319157],
+        [-0.40675041, -0.40917918, 0.46579838, 0.28062791],
+        [0.62864828, 0.25307518, -0.14679642, 0.68936580],
+    ]
+    np.testing.assert_allclose(embed(texts)[:, :4], heads, atol=1e-5)
+    near = search.cosine(texts[0], texts, embed)
+    assert near == pytest.approx([1, 0.7523123, 0.1303792], abs=1e-5)
+
+
 def test_an_encoder_that_is_not_there_names_the_remedy(tmp_path, monkeypatch):
     with pytest.raises(LclmError, match=r"no config.json, tokenizer.json, model"):
         make(f"dense:encoder={tmp_path}")

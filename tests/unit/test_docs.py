@@ -67,13 +67,16 @@ class Understood(Exception):
 
 @pytest.mark.parametrize("line", commands("lclm", inline=False))
 def test_a_shown_command_is_understood(line, monkeypatch):
-    read = options.Parser.parse_args
+    def understood(read):
+        def stop(self, argv):
+            read(self, argv)
+            raise Understood
 
-    def stop(self, argv):
-        read(self, argv)
-        raise Understood
+        return stop
 
-    monkeypatch.setattr(options.Parser, "parse_args", stop)
+    for name in ("parse_args", "parse_intermixed_args"):
+        read = getattr(options.Parser, name)
+        monkeypatch.setattr(options.Parser, name, understood(read))
     argv = shlex.split(line)[1:]
     assert argv[0] in COMMANDS
     for config in re.findall(r"--config=(\S+)", line):
