@@ -2,13 +2,19 @@
 
     python -m benchmarks.caches --peer-python=.venv-kvpress/bin/python
     python -m benchmarks.caches --peer-python=... --speed --length=32768 --budget=2048
+    python -m benchmarks.caches --memory [--length=65536] [--budget=2048]
 
 Quality: a passage of a novel is read and cut to the budget, then the loss of the text
 that follows it is taken; lclm with at=end (the form of the papers, and kvpress's) and
 at=chunk (bounded throughout), kvpress with the same settings. Speed: reading and
 writing, seconds of the same tokens, and the highest resident size over that of a prompt
-of budget + chunk tokens. Same weights, float32, interleaved. Writes
-benchmarks/results/caches_{quality,speed}.json.
+of budget + chunk tokens. Same weights, float32, interleaved. Memory (lclm alone): the
+highest resident size of a process that reads `length` tokens with at=chunk, over that
+of one that reads budget + chunk, as a share of the budget's cache; a process for each,
+after its weights are loaded. The allocator keeps a few calls' worth of freed memory, a
+few more after some more calls: `share_again` is over the peak of a process that reads
+the short text AGAIN and again. A policy measured with the same settings is not measured
+again. Writes benchmarks/results/caches_{quality,speed,memory}.json.
 """
 
 import argparse
@@ -22,7 +28,8 @@ from typing import Any
 from benchmarks.compare import Worker, cpu_model
 
 HERE = Path(__file__).parent
-CHUNK = 512
+CHUNK, AGAIN = 512, 4
+OUR_PEER = [sys.executable, "-m", "benchmarks.peers.lclm_cache_peer"]
 # What kvpress protects: nothing but the window of SnapKV's queries and four sinks of
 # expected attention.
 SAME = {
@@ -37,6 +44,13 @@ OURS = {
     "streaming": "streaming:sinks=4,window={window}",
     "h2o": "h2o:budget={budget}",
     **{name: name + ":budget={budget}" for name in SAME},
+}
+MEMORY = {
+    "window": "window:window={budget}",
+    **OURS,
+    "h2o bits=4": OURS["h2o"] + ",bits=4",
+    "locret": "locret:budget={budget}",
+    "infinipot": "infinipot:budget={budget}",
 }
 
 
@@ -136,12 +150,74 @@ def costs(found: list[dict], floor: dict, args: argparse.Namespace) -> dict[str,
     }
 
 
+def memory(args: argparse.Namespace, model: Path, out: Path) -> None:
+    """Write a row a policy to `out`; rows of the same settings are kept."""
+    facts = {
+        "cpu": cpu_model(),
+        "model": model.name,
+        "length": args.length,
+        "chunk": args.chunk,
+    }
+    data = json.loads(out.read_text()) if out.exists() else {}
+    if {k: data.get(k) for k in facts} != facts:
+        data = facts | {"rows": []}
+    for budget in args.budget:
+        for name in args.methods or MEMORY:
+            known = {"method": name, "budget": budget}
+            same = [r for r in data["rows"] if known.items() <= r.items()]
+            if same and "error" not in same[0]:
+                continue
+            cache = MEMORY.get(name, name).format(budget=budget, window=budget - 4)
+            row = known | {"cache": cache} | share(args, model, cache, budget)
+            print(json.dumps(row), file=sys.stderr)
+            data["rows"] = [r for r in data["rows"] if r not in same] + [row]
+            out.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def share(
+    args: argparse.Namespace, model: Path, cache: str, budget: int
+) -> dict[str, Any]:
+    """Peaks behind a short and a long text, and their difference over the cache."""
+    short = peaks(args, model, cache, [budget + args.chunk] * AGAIN)
+    long = peaks(args, model, cache, [args.length])
+    errors = [a["error"] for a in short + long if "error" in a]
+    if errors:
+        return {"error": errors[0]}
+    first, again = (max(a["peak_rss"] for a in some) for some in (short[:1], short))
+    peak, held = long[0]["peak_rss"], long[0]["cache_bytes"]
+    return {
+        "short_peak": first,
+        "short_again_peak": again,
+        "long_peak": peak,
+        "cache_bytes": held,
+        "share": round((peak - first) / held, 4),
+        "share_again": round((peak - again) / held, 4),
+        "read": round(args.length / long[0]["read_seconds"], 1),
+    }
+
+
+def peaks(
+    args: argparse.Namespace, model: Path, cache: str, lengths: list[int]
+) -> list[dict[str, Any]]:
+    """Answers of one process that reads texts of these lengths, one by one."""
+    room = {"gguf": str(model), "threads": args.threads}
+    worker = Worker("lclm", OUR_PEER, room)
+    ask = {"cache": cache, "chunk": args.chunk}
+    found = [worker.ready]
+    if "error" not in worker.ready:
+        found = [worker.ask(ask | {"any": length}) for length in lengths]
+    worker.close()
+    return found
+
+
 def main() -> None:
     """Measure and write the JSON."""
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--peer-python", type=Path, help="a Python with kvpress")
     flags.add_argument("--speed", action="store_true")
-    flags.add_argument("--length", type=int, default=3584)
+    flags.add_argument("--memory", action="store_true")
+    flags.add_argument("--length", type=int)
+    flags.add_argument("--chunk", type=int, default=CHUNK, help="of --memory")
     flags.add_argument("--after", type=int, default=256)
     flags.add_argument("--texts", type=int, default=3)
     flags.add_argument("--budget", type=int, action="append")
@@ -150,11 +226,16 @@ def main() -> None:
     flags.add_argument("--rounds", type=int, default=1)
     flags.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = flags.parse_args()
-    args.budget = args.budget or ([2048] if args.speed else [256, 1024])
     from lclm import hub
 
-    room = {"gguf": str(hub.pull("smollm2-135m")), "threads": args.threads}
-    commands = {"lclm": [sys.executable, "-m", "benchmarks.peers.lclm_cache_peer"]}
+    model = hub.pull("smollm2-135m")
+    args.length = args.length or (65536 if args.memory else 3584)
+    args.budget = args.budget or ([2048] if args.speed or args.memory else [256, 1024])
+    if args.memory:
+        memory(args, model, HERE / "results" / "caches_memory.json")
+        return
+    room = {"gguf": str(model), "threads": args.threads}
+    commands = {"lclm": OUR_PEER}
     if args.peer_python:
         script = str(HERE / "peers" / "kvpress_peer.py")
         commands["kvpress"] = [str(args.peer_python), script]

@@ -88,6 +88,7 @@ class Worker:
         """End of input, end of process."""
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
 
 def cases(quick: bool) -> list[Case]:

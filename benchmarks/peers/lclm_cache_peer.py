@@ -4,6 +4,8 @@ import dataclasses
 import time
 from typing import Any
 
+import numpy as np
+
 import lclm
 from benchmarks.peers.protocol import Peer, serve
 
@@ -13,17 +15,24 @@ def make(settings: dict[str, Any]) -> Peer:
     from lclm.language_model import LanguageModel
 
     kept = lclm.load(settings["gguf"])
-    lm = LanguageModel(dataclasses.replace(kept.config, eos=()), kept.params)
+    config = dataclasses.replace(kept.config, eos=())
+    lm = LanguageModel(config, kept.params, kept.tokenizer)
 
     def measure(request: dict[str, Any]) -> dict[str, Any]:
+        tokens = request.get("tokens")
+        if tokens is None:
+            tokens = np.random.default_rng(0).integers(0, config.vocab, request["any"])
         began = time.perf_counter()
-        context = lm.prefill(request["tokens"], cache=request["cache"])
+        chunk = request.get("chunk", 512)
+        context = lm.prefill(tokens, cache=request["cache"], chunk=chunk)
         found = {
             "read_seconds": time.perf_counter() - began,
             "cache_bytes": context.stats.bytes,
         }
         if after := request.get("after"):
             return found | {"nll": float(context.nll(after).mean())}
+        if not request.get("new"):
+            return found
         made = context.generate([], request["new"])
         return found | {"decode_seconds": made.stats.decode_seconds}
 
