@@ -82,6 +82,44 @@ def heatmap(
     return _png(figure)
 
 
+def score_lines(
+    lines: Mapping[str, Sequence[tuple[float | int, float]]],
+    *,
+    across: str,
+    bounds: Mapping[str, float] | None = None,
+) -> bytes:
+    """Scores in [0, 1] as percent over what `across` names, a line for each way.
+
+    `bounds` are drawn as dashed levels.
+    """
+    figure = Figure(figsize=(9.0, 5.0), layout="constrained")
+    axes = figure.add_subplot()
+    for i, (title, points) in enumerate(lines.items()):
+        x, y = zip(*points, strict=True)
+        colour = CURVES[i % len(CURVES)]
+        percent = [100 * value for value in y]
+        axes.plot(x, percent, color=colour, marker="o", linewidth=2.0, label=title)
+    for title, level in (bounds or {}).items():
+        axes.axhline(100 * level, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.annotate(
+            title,
+            (1.0, 100 * level),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            color=INK,
+            fontsize=9,
+        )
+    axes.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.set_ylim(-2, 104)
+    axes.set_xlabel(across)
+    axes.set_ylabel("score (percent)")
+    _finish(axes)
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    return _png(figure)
+
+
 def _smooth(values: np.ndarray, width: int) -> np.ndarray:
     """Centred moving mean over at most `2 width + 1` points, shorter at the ends."""
     sums = np.concatenate([[0.0], np.cumsum(values)])

@@ -180,6 +180,7 @@ def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise LclmError(f"{path} is not JSON ({error}): fetch it again") from error
-    require(isinstance(rows, list) and rows, f"{path}: expected an array of questions")
+    good = isinstance(rows, list) and bool(rows)
+    require(good, f"{path}: expected an array of questions")
     named = ((f"{path} question {i}", row) for i, row in enumerate(rows, 1))
     return [(where, checked(row, FIELDS, where)) for where, row in named]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lclm.errors import unknown
-from lclm.evals import metrics, search
+from lclm.evals import figures, metrics, search
 from lclm.evals.base import (
     Example,
     Journal,
@@ -32,6 +32,7 @@ from lclm.evals.lines import checked, read_lines, texts
 
 KINDS = ("qa", "kv")
 HARDNESS = ("hard", "easy")
+BOUNDS = ("closed_book", "oracle")
 NEW_TOKENS = 100
 QA_OPENING = (
     "Answer the question from the search results below; some of them may have nothing "
@@ -294,25 +295,34 @@ class LostInTheMiddle:
     def _shares(self, items: list[Item], first: list[Item]):
         """Closed book and oracle read the same whatever the place: once each."""
         for strategy in self.strategies:
-            bound = strategy in ("closed_book", "oracle")
+            bound = strategy in BOUNDS
             yield (strategy,), first if bound else items
 
     def summary(self, records: Sequence[Record], *, trained: int) -> Summary:
-        """Accuracy by place beside its bounds, as a table and a CSV file."""
+        """Accuracy by place beside its bounds, as a table, a curve and a CSV file."""
         places = sorted({r["place"] for r in records})
         names = {p: f"at {p}" for p in places}
         title = "Lost in the middle: " + (
             "documents" if self.kind == "qa" else "keys and values"
         )
         panel = table(title, records, column=lambda r: r["place"], names=names)
-        lines = []
+        lines, curves, bounds = [], {}, {}
         for way, mine in ways(records):
             for place in places:
                 part = [r for r in mine if r["place"] == place]
                 if (score := mean(part)) is not None:
                     lines.append((f'"{way}"', place, round(score, 4), len(part)))
+                    if mine[0]["strategy"] in BOUNDS:
+                        bounds[way] = score
+                    else:
+                        curves.setdefault(way, []).append((place, score))
         header = ("way", "place", "accuracy", "n")
-        return Summary((panel,), {}, {"lost_in_the_middle.csv": to_csv(header, lines)})
+        csv, across = to_csv(header, lines), "place of the answer"
+        pictures = {}
+        if curves:
+            drawn = figures.score_lines(curves, across=across, bounds=bounds)
+            pictures["lost_in_the_middle.png"] = drawn
+        return Summary((panel,), pictures, {"lost_in_the_middle.csv": csv})
 
 
 def _place(item: Item) -> str:

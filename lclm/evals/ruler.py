@@ -8,7 +8,7 @@ from typing import ClassVar
 from lclm.data.haystack import fit
 from lclm.data.sources import check, read
 from lclm.errors import unknown
-from lclm.evals import metrics
+from lclm.evals import figures, metrics
 from lclm.evals.asking import NOTES
 from lclm.evals.base import (
     Example,
@@ -139,10 +139,10 @@ class Ruler:
         )
 
     def summary(self, records: Sequence[Record], *, trained: int) -> Summary:
-        """Means and effective length by way of reading; tasks by length; a CSV file."""
+        """Means and effective length by way of reading, tasks by length, a curve."""
         lengths = sorted({r["length"] for r in records})
         titles = [f"{n:,} tokens" for n in lengths]
-        rows, panels, lines = [], [], []
+        rows, panels, lines, curves = [], [], [], {}
         for way, mine in ways(records):
             tasks = [t for t in TASKS if any(r["ruler"] == t for r in mine)]
             cells = {
@@ -155,6 +155,8 @@ class Ruler:
                     if m is not None and 100 * m > self.threshold]  # fmt: skip
             effective = f"{max(good):,}" if good else f"under {lengths[0]:,}"
             rows.append((way, *(_percent(m) for m in means), effective))
+            points = zip(lengths, means, strict=True)
+            curves[way] = [(n, m) for n, m in points if m is not None]
             by_task = tuple(
                 (t, *(_percent(mean(cells[t, n])) for n in lengths)) for t in tasks
             )
@@ -170,7 +172,13 @@ class Ruler:
         first = Panel("RULER", ("way", *titles, "effective"), tuple(rows), note)
         header = ("way", "task", "length", "score", "n")
         csv = {"ruler.csv": to_csv(header, lines)}
-        return Summary((first, *panels), {}, csv)
+        passing = {f"passes above {self.threshold:g}": self.threshold / 100}
+        curves = {way: points for way, points in curves.items() if points}
+        pictures = {}
+        if curves:
+            drawn = figures.score_lines(curves, across="tokens", bounds=passing)
+            pictures["ruler.png"] = drawn
+        return Summary((first, *panels), pictures, csv)
 
 
 def _percent(value: float | None) -> str:

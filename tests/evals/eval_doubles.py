@@ -50,6 +50,16 @@ class Bpe:
         return self.core.decode(list(ids))
 
 
+class Letters:
+    """A tokenizer for what never tokenises: a token a character."""
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
 @dataclass
 class Said:
     text: str

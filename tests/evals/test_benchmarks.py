@@ -7,7 +7,7 @@ from collections import Counter
 
 import eval_files
 import pytest
-from eval_doubles import Scripted
+from eval_doubles import Letters, Scripted
 
 from lclm.data import qa
 from lclm.errors import LclmError
@@ -200,7 +200,7 @@ def test_v2_counts_an_unreadable_answer_as_a_guess_where_compensated(lm, tmp_pat
 def test_genuine_keys_and_values_keep_their_object_and_move_their_gold(tmp_path):
     file = eval_files.kv_retrieval(tmp_path / "kv.jsonl.gz")
     job = LostInTheMiddle("kv", file=str(file), places=(0, 5), strategies=("whole",))
-    examples = job.examples(None)
+    examples = job.examples(Letters())
     assert len(examples) == 6
     for example in examples:
         pairs = json.loads(example.context)
@@ -228,7 +228,7 @@ def test_documents_around_the_gold_have_no_answer_and_its_place_is_asked(
     job = LostInTheMiddle(
         file=str(file), total=5, places=(0, 4), limit=2, distractors=distractors
     )
-    for example in job.examples(None):
+    for example in job.examples(Letters()):
         lines = example.context.splitlines()
         assert [x.split("]")[0] for x in lines] == [
             f"Document [{i}" for i in range(1, 6)
@@ -238,7 +238,7 @@ def test_documents_around_the_gold_have_no_answer_and_its_place_is_asked(
         assert [i for i, h in enumerate(holds) if h] == [example.meta["place"]]
         assert len(set(lines)) == 5
     own = eval_files.nq_open(tmp_path / "four.jsonl.gz", documents=4)
-    (first, *_) = LostInTheMiddle(file=str(own), limit=1).examples(None)
+    (first, *_) = LostInTheMiddle(file=str(own), limit=1).examples(Letters())
     assert len(first.context.splitlines()) == 4
 
 
@@ -252,7 +252,9 @@ def test_the_curve_has_its_bounds_and_they_are_asked_once(tokenizer, tmp_path):
     for record in records:
         told = {"closed_book": 0.0, "oracle": 1.0}
         record["score"] = told.get(record["strategy"], float(record["place"] == 0))
-    (panel,) = job.summary(records, trained=0).panels
+    summary = job.summary(records, trained=0)
+    (panel,) = summary.panels
+    assert summary.figures["lost_in_the_middle.png"].startswith(b"\x89PNG")
     rows = {row[0]: row[1:] for row in panel.rows}
     assert panel.columns == ("way", "at 0", "at 3", "at 5", "all", "skipped")
     assert rows["whole"] == ("100.0", "0.0", "0.0", "33.3", "0")
@@ -340,6 +342,7 @@ def test_the_effective_length_is_the_longest_that_still_counts(lm, source, tmp_p
         for task in job.tasks
     ]
     first, by_task = job.summary(records, trained=0).panels
+    assert job.summary(records, trained=0).figures["ruler.png"].startswith(b"\x89PNG")
     assert first.rows == (("full", "90.0", "86.0", "80.0", "8,192"),)
     assert [row[0] for row in by_task.rows] == ["vt", "fwe"]
     for record in records:

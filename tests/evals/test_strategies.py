@@ -7,7 +7,7 @@ from eval_doubles import Said, Scripted
 from lclm.errors import LclmError
 from lclm.evals import encoder, search
 from lclm.evals.base import Example, Journal, Query, silent
-from lclm.evals.exam import Exam, Item
+from lclm.evals.exam import Exam, Item, chat_wrap
 from lclm.evals.strategies import STRATEGIES, Desk, make
 
 GOLD = "The heron nests beside the copper mill."
@@ -216,9 +216,7 @@ def test_a_chat_template_goes_around_the_text_and_before_the_answer_s_start(
     assert asked[0] == [len(size[0]), len(size[0]) + len(size[1])]
     assert asked[1][0] == len(lm.encode(example.context))
     with pytest.raises(LclmError, match="no chat template"):
-        Exam(chat=True).run(
-            [], lm=lm, task="t", grade=None, journal=None, observe=silent
-        )
+        chat_wrap(lm)
 
 
 @pytest.mark.parametrize(
