@@ -1,5 +1,6 @@
 """Examples put to one model under several caches and strategies, and their tables."""
 
+import hashlib
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -133,6 +134,13 @@ def _work(item: Item, prompt: Callable, *, lm: LanguageModel, grade: Grade, way:
     return work
 
 
+def fingerprint(example: Example) -> str:
+    """What changes when an example's text or first question does, for its key."""
+    first = example.queries[0]
+    told = (example.opening, example.context, first.text, *first.answers)
+    return hashlib.sha256("\0".join(told).encode()).hexdigest()[:8]
+
+
 def chat_wrap(lm: LanguageModel) -> tuple[str, str]:
     """What the model's template puts before and after a user's message.
 
@@ -201,7 +209,7 @@ def table(
         cells = [mean(r for r in mine if column(r) == key) for key in names]
         skipped = sum("skipped" in r for r in mine)
         cells = [*cells, *([mean(mine)] if overall else [])]
-        rows.append((name, *(show(c, ".1f", scale=100) for c in cells), str(skipped)))
+        rows.append((name, *(show(c, ".1f", scale=100.0) for c in cells), str(skipped)))
     columns = ["way", *names.values(), *([overall] if overall else []), "skipped"]
     asked = {r["questions"] for r in records}
     notes = " ".join([note, *(NOTES[q] for q in sorted(asked))]).strip()

@@ -23,7 +23,7 @@ from lclm.evals.base import (
     silent,
     to_csv,
 )
-from lclm.evals.exam import Exam, Item, mean, ways
+from lclm.evals.exam import Exam, Item, fingerprint, mean, ways
 from lclm.evals.lines import read_lines, texts
 from lclm.evals.longbench_tasks import BUCKETS, DATASETS, bucket
 
@@ -121,7 +121,7 @@ def _item(name: str, number: int, key: tuple, queries: list[Query]) -> Item:
     meta = {"dataset": name, "chat": DATASETS[name].chat}
     queries = [Query(**{**vars(q), "meta": {**q.meta, **meta}}) for q in queries]
     example = Example(context, tuple(queries), opening, meta)
-    told = {"example": f"{name}:{number}", "length": length}
+    told = {"example": f"{name}:{number}:{fingerprint(example)}", "length": length}
     return Item(told, lambda: example, len(queries))
 
 

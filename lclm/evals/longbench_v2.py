@@ -23,7 +23,7 @@ from lclm.evals.base import (
     silent,
     to_csv,
 )
-from lclm.evals.exam import Exam, Item, table, ways
+from lclm.evals.exam import Exam, Item, fingerprint, table, ways
 from lclm.evals.lines import checked, read_lines
 
 CHOICES = "ABCD"
@@ -142,7 +142,7 @@ class LongBenchV2:
                      for k, v in cuts.items()}  # fmt: skip
             paid = {k: [_paid(r) for r in v] for k, v in asked.items() if v}
             means = {k: sum(v) / len(v) for k, v in paid.items()}
-            rows.append((way, *(show(means.get(k), ".1f", scale=100) for k in cuts)))
+            rows.append((way, *(show(means.get(k), ".1f", scale=100.0) for k in cuts)))
             for kind, part in asked.items():
                 if part:
                     right = sum(r["score"] for r in part) / len(part)
@@ -169,7 +169,8 @@ def _paid(record: Record) -> float:
 def _item(context: str, found: list[tuple[str, Query]]) -> Item:
     example = Example(context, tuple(q for _, q in found), OPENING)
     number = found[0][0].rpartition(" ")[2]
-    return Item({"example": number}, lambda: example, len(found))
+    told = {"example": f"{number}:{fingerprint(example)}"}
+    return Item(told, lambda: example, len(found))
 
 
 def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -86,6 +86,12 @@ class Ruler:
             if task not in TASKS:
                 raise unknown("RULER task", task, TASKS)
         require(self.samples >= 1, f"samples is {self.samples}; at least 1")
+        counted = sorted({"cwe", "fwe"} & set(self.tasks))
+        require(
+            not counted or "oracle" not in self.strategies,
+            f"{', '.join(counted)} are answered by all of their text: no strategy "
+            "'oracle' with these tasks",
+        )
         check(self.source)
         self.exam()
 
@@ -182,7 +188,7 @@ class Ruler:
 
 
 def _percent(value: float | None) -> str:
-    return show(value, ".1f", scale=100)
+    return show(value, ".1f", scale=100.0)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

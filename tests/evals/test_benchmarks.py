@@ -84,6 +84,18 @@ def test_scores_are_means_of_datasets_then_of_categories(folder, lm, tmp_path):
                        '"full",hotpotqa,qa_f1,all,50.0,2']  # fmt: skip
 
 
+def test_lines_that_changed_are_asked_again_and_the_others_are_not(
+    folder, lm, tmp_path
+):
+    job = LongBench(str(folder), ("gov_report",))
+    run(job, lm, tmp_path)
+    path = folder / "data" / "gov_report.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("(1)", "(9)"))
+    lm.calls.clear()
+    run(job, lm, tmp_path)
+    assert [c[0] for c in lm.calls] == ["prefill", "generate"]
+
+
 def test_extended_scores_fall_into_buckets_and_an_empty_one_is_a_dash(
     folder, lm, tmp_path
 ):
@@ -355,6 +367,7 @@ def test_bad_settings_of_ruler_are_refused(source, tokenizer, words):
         (dict(lengths=()), "lengths is empty"),
         (dict(tasks=("nih",)), "unknown RULER task 'nih'"),
         (dict(samples=0), "samples is 0"),
+        (dict(strategies=("oracle",)), "cwe, fwe are answered by all of their text"),
     ):
         with pytest.raises(LclmError, match=said):
             Ruler(source=source, **settings)
