@@ -100,14 +100,14 @@ class Conversation:
             prompt_tokens=len(tokens),
             prefill_seconds=time.perf_counter() - began,
         )
-        before = session.fork() if request.stop else None
+        before = session.mark() if request.stop else None
         rows = []
         for rows in generate(session, request, self.lm.tokenizer, stats, watch=True):
             if piece := rows[0].ready():
                 yield piece
         out.result = results(rows, stats)[0]
         if before:  # tokens of a stop string and behind it were read, but not said
-            session = before
+            session.rollback(before)
             if said_tokens := self.lm.encode(out.result.text, first=False):
                 session.read([said_tokens])
         self._session = session

@@ -1,7 +1,7 @@
 """The object `lclm.load` returns: a model, its tokenizer, and everything it can do."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,17 @@ from lclm import hub
 from lclm.blocks.layer import state_bytes
 from lclm.cache.base import CachePolicy, measured_bytes
 from lclm.config import ModelConfig
+from lclm.context import Context
 from lclm.errors import LclmError
 from lclm.models.decoder import Decoder
 from lclm.models.extend import read_rope, with_rope
 from lclm.ops.int8 import quantize_params
 from lclm.ops.sampling import Sampler
 from lclm.serve import recompute, snapshot
-from lclm.serve.generate import Request, generate, results
+from lclm.serve.calls import Engine, dense_logits
+from lclm.serve.generate import Request
 from lclm.serve.result import Generation, Stats, Stream
-from lclm.serve.session import Engine, Session, dense_logits
+from lclm.serve.session import Session
 from lclm.typing import Array, Float, Params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -194,7 +196,7 @@ class LanguageModel:
         chunk: int = 512,
         *,
         room: int = 0,
-    ) -> "Context":
+    ) -> Context:
         """Read once, ask many times: the question is not known yet.
 
         `room` tokens of questions and answers then fit without a new allocation.
@@ -209,7 +211,7 @@ class LanguageModel:
         context.single = single
         return context
 
-    def load_context(self, file: str | Path) -> "Context":
+    def load_context(self, file: str | Path) -> Context:
         """A context that `Context.save` wrote for this same model."""
         session, stats, single = snapshot.load(file, self._engine)
         return Context(self, session, stats, single=single)
@@ -241,7 +243,7 @@ class LanguageModel:
 
     def _read(
         self, rows: list[list[int]], policy: CachePolicy, chunk: int, extra: int = 0
-    ) -> "Context":
+    ) -> Context:
         longest = max(len(r) for r in rows)
         began = time.perf_counter()
         session = Session(
@@ -299,95 +301,6 @@ class LanguageModel:
         if not rows:
             raise LclmError("no prompts: give text, tokens, or a list of them")
         return rows, single
-
-
-class Context:
-    """Text that has been read: ask it as often as you like."""
-
-    def __init__(
-        self, lm: LanguageModel, session: Session, stats: Stats, *, single: bool = True
-    ):
-        self.lm, self.session, self.stats, self.single = lm, session, stats, single
-
-    def generate(
-        self,
-        question: str | Sequence[int],
-        max_new_tokens: int = 64,
-        *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        stream: bool = False,
-    ) -> Generation | list[Generation] | Stream:
-        """Read `question` behind the context and continue; the context is unchanged."""
-        sampler = Sampler(temperature, top_k, top_p, min_p)
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        request = Request(max_new_tokens, sampler, stop, seed)
-        if isinstance(question, str):
-            question = self.lm.encode(question, first=False)
-        rows = [list(question)] * self.session.rows
-        session = self.session.fork()
-        began = time.perf_counter()
-        if question:
-            session.read(rows)
-        jax.block_until_ready(session.last)
-        stats = Stats(
-            bytes=measured_bytes(session.caches),
-            kept=session.policy.kept,
-            prompt_tokens=len(question) * session.rows,
-            prefill_seconds=time.perf_counter() - began,
-        )
-        asked = Context(self.lm, session, stats, single=self.single)
-        return asked._continue(request, stream=stream, single=self.single)
-
-    def nll(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """float32 [B, T-1]: loss of each next token of a text behind the context.
-
-        Every row of the context reads the same tokens [T]; the context is unchanged.
-        """
-        rows = np.tile(self.lm._tokens(tokens), (self.session.rows, 1))
-        if rows.shape[1] < 2:
-            raise LclmError("one token leaves nothing to predict: give 2 or more")
-        return self.session.fork().nll(rows)
-
-    def save(self, file: str | Path) -> None:
-        """Write the compressed cache to one safetensors file."""
-        snapshot.save(file, self.session, self.stats, self.single)
-
-    def _continue(
-        self, request: Request, *, stream: bool, single: bool
-    ) -> Generation | list[Generation] | Stream:
-        """Decode in this context's own session."""
-        steps = generate(
-            self.session, request, self.lm.tokenizer, self.stats, watch=stream
-        )
-        if stream:
-            out = Stream(iter(()))
-            out.pieces = self._pieces(steps, out)
-            return out
-        made = [Generation("", [], self.stats) for _ in range(self.session.rows)]
-        for rows in steps:
-            made = results(rows, self.stats)
-        self.stats.bytes = max(self.stats.bytes, measured_bytes(self.session.caches))
-        self.lm.last_stats = self.stats
-        return made[0] if single else made
-
-    def _pieces(self, steps: Iterator, out: Stream) -> Iterator:
-        sent = 0
-        rows = []
-        for rows in steps:
-            (row,) = rows
-            if self.lm.tokenizer is None:
-                yield from row.tokens[sent:]
-                sent = len(row.tokens)
-            elif piece := row.ready():
-                yield piece
-        made = results(rows, self.stats) if rows else [Generation("", [], self.stats)]
-        out.result = made[0]
-        self.lm.last_stats = self.stats
 
 
 __all__ = ["Context", "LanguageModel", "load"]

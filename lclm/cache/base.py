@@ -270,6 +270,14 @@ class CachePolicy:
         """Make room after an overflow."""
         return cache
 
+    def lasting(self, layer: Layer) -> tuple[int | str, ...]:
+        """What of a layer's cache needs no copy to be gone back to (`serve.marks`).
+
+        Numbers of head groups that calls only add tokens to, behind those they hold,
+        and names of extras that follow from such tokens as they are written again.
+        """
+        return ()
+
     @property
     def settles(self) -> bool:
         """Whether the engine calls `settle` once, behind the whole prompt."""

@@ -120,6 +120,11 @@ class Duo(CachePolicy):
         back = np.argsort(np.concatenate(order))
         return jnp.concatenate(outs, 2)[:, :, back], Cache(tuple(groups), cache.extra)
 
+    def lasting(self, layer: Layer) -> tuple[int, ...]:
+        if _foreign(layer):
+            return Full().lasting(layer)
+        return (0,) if self._split(layer)[0] else ()
+
     def _split(self, layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """kv heads of a layer that are full, and that stream."""
         if not self.heads:

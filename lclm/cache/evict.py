@@ -243,6 +243,13 @@ class Evicting(Absolute):
         kv, score = self._best(both, score, last, slots, layer)
         return Cache((kv,), {"score": score, **notes})
 
+    def lasting(self, layer: Layer) -> tuple[int, ...]:
+        if sees_less(layer, self.budget):
+            return Full().lasting(layer)
+        if self.at == "chunk":
+            return ()
+        return tuple(range(len(self.groups(layer, self.read))))
+
     def settle(self, cache: Cache, layer: Layer, read: int) -> Cache:
         """Cut a prompt that was kept whole to the budget (at="end")."""
         if sees_less(layer, self.budget):

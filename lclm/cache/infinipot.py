@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -14,7 +15,8 @@ from lclm.cache.step import Step
 from lclm.config import ModelConfig, RopeSpec
 from lclm.errors import LclmError
 from lclm.ops import rope
-from lclm.typing import Array, Float, Int
+from lclm.ops.codes import TILE, Codes, check_bits
+from lclm.typing import Array, Float, Int, Leaf
 from pallas_kernels.decode import column_sums
 
 CATALYST = "\n\nSummarise the text so far. Its most important points are:"
@@ -34,7 +36,8 @@ class InfiniPot(Absolute):
 
     Positions are places in the pot, below `budget` however long the text: survivors
     move to the first places in their order and keys are rotated along (CR-RoPE), which
-    rounds keys once a move; queries sit behind them. Places for the catalyst stay free.
+    rounds keys once a move (with `bits` they are coded anew); queries sit behind them.
+    Places for the catalyst stay free.
 
     The default catalyst knows no question; the question itself as `catalyst` (CaP-Q)
     makes the pot query-aware, so say which it was. Text takes the model's tokenizer; a
@@ -48,11 +51,13 @@ class InfiniPot(Absolute):
     sinks: int | None = None
     catalyst: str | tuple[int, ...] = CATALYST
     reduce: str = "sum"
+    bits: int = 0
 
     compacts: ClassVar[bool] = True
     sizing: ClassVar[str] = "budget"
 
     def __post_init__(self):
+        check_bits("infinipot", self.bits)
         at_least("infinipot: budget", self.budget, 2)
         at_least("infinipot: keep", self.distilled, 1)
         at_least("infinipot: sinks", self.protected, 0)
@@ -149,12 +154,12 @@ class InfiniPot(Absolute):
 
     def groups(self, layer, length):
         if sees_less(layer, self.budget):
-            return Full().groups(layer, length)
+            return Full(bits=self.bits).groups(layer, length)
         return super().groups(layer, length)
 
     def init(self, layer: Layer, batch: int, length: int, dtype: Any) -> Cache:
         if sees_less(layer, self.budget):
-            return Full().init(layer, batch, length, dtype)
+            return Full(bits=self.bits).init(layer, batch, length, dtype)
         fixed_angles("infinipot", layer)
         (kv,) = super().init(layer, batch, length, dtype).groups
         extra = {"shift": jnp.zeros(batch, jnp.int32)}
@@ -172,7 +177,7 @@ class InfiniPot(Absolute):
     ) -> tuple[Array, Cache]:
         """Attend at the places of the pot, then append (or only weigh)."""
         if sees_less(layer, self.budget):
-            out, after = Full().attend(cache, heads, step, layer, sink)
+            out, after = Full(bits=self.bits).attend(cache, heads, step, layer, sink)
             return out, cache if step.weigh else after
         step = step.earlier(cache.extra["shift"])
         if step.weigh:
@@ -215,18 +220,21 @@ class InfiniPot(Absolute):
             at = index.reshape(*index.shape, *[1] * (old.ndim - 3))
             return jnp.take_along_axis(old, at, 2)
 
-        def front(old: Array, new: Array) -> Array:
-            return lax.dynamic_update_slice_in_dim(old, new, 0, 2)
+        def front(old: Leaf, new: Leaf) -> Leaf:
+            return jax.tree.map(
+                lambda x, y: lax.dynamic_update_slice_in_dim(x, y, 0, 2), old, new
+            )
 
         place = lax.iota(jnp.int32, kv.pos.shape[2])
-        k = turned(pick(kv.k), place[: self.distilled] - index, layer.spec.rope)
+        k, v = jax.tree.map(pick, (kv.k, kv.v))
+        k = moved(k, place[: self.distilled] - index, layer.spec.rope)
         pos = jnp.where(place < self.distilled, place, -1)
         if "novelty" in extra:
             extra["novelty"] = front(extra["novelty"], pick(extra["novelty"]))
         extra["shift"] = extra["shift"] + _filled(kv) - self.distilled
         kv = KV(
             front(kv.k, k),
-            front(kv.v, pick(kv.v)),
+            front(kv.v, v),
             jnp.broadcast_to(pos, kv.pos.shape),
         )
         return Cache((kv,), extra)
@@ -285,6 +293,33 @@ def turned(
     flat = k.reshape(-1, k.shape[2], 1, size)
     moved = rope.rotate(flat, cos / factor, sin / factor, layout=spec.layout)
     return moved.reshape(k.shape)
+
+
+def moved(k: Leaf, by: Int[Array, "B K C"], spec: RopeSpec | None) -> Leaf:
+    """The same of keys that may be codes, some at a time; those at 0 stay as coded."""
+    if not isinstance(k, Codes):
+        return turned(k, by, spec)
+    slots = by.shape[2]
+    size = min(TILE, slots)
+
+    def step(n: Array, out: Codes) -> Codes:
+        start = jnp.minimum(n * size, slots - size)
+
+        def cut(x: Array) -> Array:
+            return lax.dynamic_slice_in_dim(x, start, size, 2)
+
+        old, how = jax.tree.map(cut, k), cut(by)
+        new = k.encode(turned(old.astype(jnp.float32), how, spec))
+        return jax.tree.map(
+            lambda whole, x, y: lax.dynamic_update_slice_in_dim(
+                whole, jnp.where(how[..., None] == 0, x, y), start, 2
+            ),
+            out,
+            old,
+            new,
+        )
+
+    return lax.fori_loop(0, -(-slots // size), step, k)
 
 
 def _filled(kv: KV) -> Int[Array, " B"]:

@@ -90,6 +90,9 @@ class Full(Absolute):
             return read.sinks_and_band(cache, heads, step, layer, sink)
         return super().attend(cache, heads, step, layer, sink)
 
+    def lasting(self, layer: Layer) -> tuple[int, ...]:
+        return () if layer.spec.sinks or layer.spec.window is not None else (0,)
+
     def update(
         self, cache: Cache, new: KV, step: Step, layer: Layer, evidence: Evidence
     ) -> Cache:

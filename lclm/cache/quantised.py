@@ -98,6 +98,9 @@ class Quantised(CachePolicy):
         out, _ = read.combine(parts, sink)
         return out, self._write(cache, new, step.after(out))
 
+    def lasting(self, layer: Layer) -> tuple[int, ...]:
+        return Full().lasting(layer) if _own(layer) else (0,)
+
     def _write(self, cache: Cache, new: KV, step: Step) -> Cache:
         """Pack the groups that a call's tokens push out of the residual."""
         old, recent = cache.groups

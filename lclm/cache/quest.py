@@ -14,15 +14,15 @@ from lclm.cache.base import (
     Heads,
     Layer,
     Needs,
-    empty,
 )
 from lclm.cache.policies import Full, at_least
 from lclm.cache.step import Step
 from lclm.errors import LclmError
+from lclm.ops.codes import Codes, check_bits
 from lclm.typing import Array
 from pallas_kernels.decode import (
     Selection,
-    page_bounds,
+    no_bounds,
     paged_attention,
     refresh_bounds,
 )
@@ -49,6 +49,9 @@ class Quest(CachePolicy):
     whatever the chunk. prefill="dense", the form of the released code: calls of several
     tokens read everything and only one-token calls choose; then losses depend on the
     chunk, and a question read in one call sees more than the answer behind it.
+
+    With `bits` every token is read as it is stored, a call's own too (but by a dense
+    prefill), and bounds are float32, of the decoded keys.
     """
 
     budget: int = 1024
@@ -57,8 +60,10 @@ class Quest(CachePolicy):
     first: int = 0
     reduce: str = "max"
     prefill: str = "sparse"
+    bits: int = 0
 
     def __post_init__(self):
+        check_bits("quest", self.bits)
         at_least("quest: budget", self.budget, 1)
         at_least("quest: page", self.page, 1)
         at_least("quest: dense", self.dense, 0, "layers")
@@ -98,21 +103,22 @@ class Quest(CachePolicy):
 
     def groups(self, layer: Layer, length: int) -> tuple[HeadGroup, ...]:
         if self._foreign(layer):
-            return Full().groups(layer, length)
+            return Full(bits=self.bits).groups(layer, length)
         return super().groups(layer, length)
 
     def init(self, layer: Layer, batch: int, length: int, dtype: Any) -> Cache:
         if self._foreign(layer):
-            return Full().init(layer, batch, length, dtype)
+            return Full(bits=self.bits).init(layer, batch, length, dtype)
         if layer.spec.rope is not None and layer.spec.rope.dynamic:
             raise LclmError(
                 f"quest with RoPE type {layer.spec.rope.kind!r}: its angles change "
                 "with the length, and bounds of keys with them; use a fixed type such "
                 "as yarn or linear"
             )
-        (group,) = self.groups(layer, length)
-        kv = empty(batch, len(group.heads), group.capacity, layer.spec.head_dim, dtype)
-        bounds = page_bounds(kv.k, jnp.zeros(batch, jnp.int32), self.page)
+        (kv,) = super().init(layer, batch, length, dtype).groups
+        *lead, slots, size = kv.k.shape
+        kind = jnp.float32 if self.bits else dtype
+        bounds = no_bounds((*lead, slots // self.page, 2 * size), kind)
         return Cache((kv,), {"bounds": bounds})
 
     def attend(
@@ -130,23 +136,28 @@ class Quest(CachePolicy):
         of them ends is open to those behind it.
         """
         if "bounds" not in cache.extra:
-            return Full().attend(cache, heads, step, layer, sink)
+            return Full(bits=self.bits).attend(cache, heads, step, layer, sink)
         one = heads.q.shape[1] == 1
         if self.prefill == "dense" and not one:
             out, _, new = read.absolute(cache, heads, step, layer, sink, Needs())
-            return out, self._write(cache, new, step.after(out))
+            return out, self._write(cache, self._coded(cache, new), step.after(out))
         q = step.rotate(heads.q, layer.spec.rope)
-        new = read.new_tokens(heads, step, layer)
+        new = self._coded(cache, read.new_tokens(heads, step, layer))
         if one:
             parts = [
                 self._paged(cache, q, step, layer, step.start),
-                read.within_call(q, new, step, layer, window=None),
+                read.within_call(q, _opened(new, q.dtype), step, layer, window=None),
             ]
             out, _ = read.combine(parts, sink)
             return out, self._write(cache, new, step.after(out))
         cache = self._write(cache, new, step)
         part = self._paged(cache, q, step, layer, step.start + step.count)
         return read.combine([part], sink)[0], cache
+
+    def lasting(self, layer: Layer) -> tuple[int | str, ...]:
+        if self._foreign(layer):
+            return Full().lasting(layer)
+        return 0, "bounds"
 
     def _paged(
         self, cache: Cache, q: Array, step: Step, layer: Layer, length: Array
@@ -168,13 +179,27 @@ class Quest(CachePolicy):
     def _write(self, cache: Cache, new: KV, step: Step) -> Cache:
         """Every token in the slot of its position, and the bounds of its page."""
         (kv,), end = cache.groups, step.start + step.count
-        bounds = refresh_bounds(
-            cache.extra["bounds"], kv.k, new.k, step.start, end, page=self.page
-        )
+        old = cache.extra["bounds"]
+        keys = _opened(new, old.dtype).k
+        bounds = refresh_bounds(old, kv.k, keys, step.start, end, page=self.page)
         kv = write.append(kv, new, step.after(bounds))
         return Cache((kv,), {"bounds": bounds})
+
+    def _coded(self, cache: Cache, new: KV) -> KV:
+        """A call's tokens as the slots hold them: where those are codes, once."""
+        (kv,) = cache.groups
+        if not self.bits:
+            return new
+        return KV(kv.k.encode(new.k), kv.v.encode(new.v), new.pos)
 
     def _foreign(self, layer: Layer) -> bool:
         """Whether a layer reads all it sees: an early one, or one with its own mask."""
         spec = layer.spec
         return layer.rank < self.dense or spec.static or spec.window is not None
+
+
+def _opened(new: KV, dtype: Any) -> KV:
+    """A call's tokens as numbers."""
+    if not isinstance(new.k, Codes):
+        return new
+    return KV(new.k.astype(dtype), new.v.astype(dtype), new.pos)

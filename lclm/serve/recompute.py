@@ -13,9 +13,9 @@ from lclm.cache.policies import Recompute
 from lclm.models.decoder import Decoder, loss_table, unembed
 from lclm.ops.loss import token_nll
 from lclm.ops.sampling import sample
+from lclm.serve.calls import NLL_TOKENS, Engine
 from lclm.serve.generate import Request, _Row
 from lclm.serve.result import Generation, Stats
-from lclm.serve.session import NLL_TOKENS, Engine
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "last"))

@@ -15,8 +15,9 @@ from safetensors.numpy import save_file
 from lclm import cache as policies
 from lclm.config import to_dict
 from lclm.errors import LclmError
+from lclm.serve.calls import Engine
 from lclm.serve.result import Stats
-from lclm.serve.session import Engine, Session
+from lclm.serve.session import Session
 
 
 def save(file: str | Path, session: Session, stats: Stats, single: bool) -> None:
@@ -77,7 +78,7 @@ def load(file: str | Path, engine: Engine) -> tuple[Session, Stats, bool]:
     leaves, tree = jax.tree.flatten(session.caches)
     loaded = [jnp.asarray(arrays[f"cache.{i}"]) for i in range(len(leaves))]
     for i, (new, old) in enumerate(zip(loaded, leaves, strict=True)):
-        if new.shape != old.shape or new.dtype != old.dtype:
+        if not _fits(new, old):
             raise LclmError(
                 f"{str(file)!r}: array {i} is {new.dtype}{list(new.shape)}, expected "
                 f"{old.dtype}{list(old.shape)}; load the model with the dtype it had"
@@ -88,6 +89,14 @@ def load(file: str | Path, engine: Engine) -> tuple[Session, Stats, bool]:
         session.free = np.asarray(facts["free"], np.int32)
     session.last = jnp.asarray(arrays["last"])
     return session, Stats(**facts["stats"]), facts["single"]
+
+
+def _fits(new: jax.Array, old: jax.Array) -> bool:
+    """Whether a stored array is the one expected; a session may have had more slots."""
+    if new.dtype != old.dtype or new.ndim != old.ndim:
+        return False
+    shapes = enumerate(zip(new.shape, old.shape, strict=True))
+    return all(n == o or (axis == 2 and n > o) for axis, (n, o) in shapes)
 
 
 def _targets() -> dict[str, str]:

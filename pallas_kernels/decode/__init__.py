@@ -3,6 +3,7 @@
 from pallas_kernels.decode.cached import cached_attention, column_sums
 from pallas_kernels.decode.pages import (
     Selection,
+    no_bounds,
     page_bounds,
     paged_attention,
     refresh_bounds,
@@ -14,6 +15,7 @@ __all__ = [
     "Selection",
     "cached_attention",
     "column_sums",
+    "no_bounds",
     "page_bounds",
     "paged_attention",
     "refresh_bounds",

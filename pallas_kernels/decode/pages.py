@@ -5,6 +5,9 @@ per kv head the elementwise greatest and least of its keys, kept side by side: b
 [B, K, pages, 2 H]. For a query q they bound every q.k of the page from above by
 U = sum_d max(q_d greatest_d, q_d least_d) (arXiv 2406.10774, section 3.3).
 
+Keys may be held in a smaller form (`pallas_kernels.decode.cached`), which is opened
+where pages are written; bounds are then those of the opened keys.
+
 A query at position i stands in page i // page. That page and the `first` pages are
 always attended; of the others before it, those with the largest U. So what a query
 attends depends on its position alone, never on how the text was cut into calls.
@@ -22,6 +25,7 @@ from pallas_kernels.decode.cached import (
     _blocks,
     _check,
     _check_options,
+    _closed,
     _finish,
     _Scoring,
     cached_attention,
@@ -99,7 +103,7 @@ def refresh_bounds(
 
     def one(old, keys, values, at, end):
         first = jnp.clip(at // page, 0, pages - touched)
-        mine = lax.dynamic_slice_in_dim(keys, first * page, touched * page, 1)
+        mine = _slots(keys, first * page, touched * page, old.dtype)
         slot = first * page + lax.iota(jnp.int32, touched * page)
         written = jnp.take(values, jnp.clip(slot - at, 0, width - 1), 1)
         mine = jnp.where((slot < at)[:, None], mine, written.astype(mine.dtype))
@@ -107,8 +111,24 @@ def refresh_bounds(
         return lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), first, 1)
 
     if bounds.shape[0] == 1:
-        return one(bounds[0], k[0], new[0], start[0], length[0])[None]
+        k = jax.tree.map(lambda x: x[0], k)
+        return one(bounds[0], k, new[0], start[0], length[0])[None]
     return jax.vmap(one)(bounds, k, new, start, length)
+
+
+def _slots(keys, start, count: int, dtype):
+    """Slots [start, start + count) of one row's keys [K, C, H]."""
+    if _closed(keys):
+        return keys.open(start, count, dtype)
+    return lax.dynamic_slice_in_dim(keys, start, count, 1)
+
+
+def no_bounds(shape: tuple[int, ...], dtype) -> jax.Array:
+    """Bounds [B, K, pages, 2 H] of pages without a key: they lose to all."""
+    limits = jnp.finfo(dtype)
+    sides = jnp.arange(shape[-1]) < shape[-1] // 2
+    side = jnp.where(sides, limits.min, limits.max).astype(dtype)
+    return jnp.broadcast_to(side, shape)
 
 
 def upper_bounds(q: jax.Array, bounds: jax.Array) -> jax.Array:
@@ -230,9 +250,11 @@ def _gather(k, v, index, page: int):
         pages = x.reshape(B, K, C // page, page, x.shape[3])
         return jnp.take_along_axis(pages, at, 2).reshape(B, K, -1, x.shape[3])
 
+    k, v = jax.tree.map(pick, (k, v))
+
     places = index[..., None] * page + lax.iota(jnp.int32, page)
     places = jnp.where(index[..., None] < 0, -1, places)
-    return pick(k), pick(v), places.reshape(B, K, -1)
+    return k, v, places.reshape(B, K, -1)
 
 
 def _by_blocks(q, k, v, bounds, q_pos, choice: Selection, length, options):
@@ -257,7 +279,8 @@ def _by_blocks(q, k, v, bounds, q_pos, choice: Selection, length, options):
     scale = H**-0.5 if options["scale"] is None else options["scale"]
     last = jnp.minimum(q_pos, length[:, None] - 1)
     scoring = _Chosen(last, None, scale, options["softcap"], N // K, mine, choice.page)
-    block = max(1, _block(B * N * T, C) // choice.page) * choice.page
+    block = _block(B * N * T, C, closed=_closed(k))
+    block = max(1, block // choice.page) * choice.page
     places = lax.iota(jnp.int32, C)[None, None]
     rows = scoring.rows(q)
     state = _blocks(scoring, rows, k, v, places, jnp.max(length), block)

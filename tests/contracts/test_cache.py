@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -38,7 +39,12 @@ OWN = (
 # Policies whose size may be given in bytes.
 SIZED = [n for n in policies.POLICIES if policies.POLICIES[n].sizing]
 # Slots as codes: a few policies stand for all of them.
-CODED = ["h2o:bits=4", "quantised:residual=8,group=4"]
+CODED = [
+    "h2o:bits=4",
+    "quantised:residual=8,group=4",
+    "quest:bits=4",
+    "infinipot:bits=4",
+]
 
 
 def some(names: list[str], *quick: str) -> list:
@@ -84,7 +90,9 @@ def test_codes_of_a_whole_text_are_near_full_attention():
     assert 0 < np.mean(near) < 0.05
 
 
-@pytest.mark.parametrize("name", some(STEADY, "streaming", "duo", "quest"))
+@pytest.mark.parametrize(
+    "name", some([*STEADY, "quest:bits=4"], "streaming", "duo", "quest")
+)
 def test_losses_do_not_depend_on_the_chunk(name):
     text = tokens(1, LENGTH)
     whole = tiny_lm().nll(text, cache=make(name, 9), chunk=LENGTH)
@@ -124,6 +132,37 @@ def test_a_size_in_bytes_is_the_most_tokens_that_take_no_more(name):
     assert state_bytes(config, more, 1, length, np.float32) > 8000
 
 
+def seen(session: Session) -> list[np.ndarray]:
+    """All that a session holds and later calls can notice."""
+    found = [session.start, session.free, session.last, session.length]
+    for cache, layer in zip(session.caches, session.engine.layers, strict=True):
+        for kv in cache.groups:
+            found.append(kv.pos)
+            for x in jax.tree.leaves((kv.k, kv.v)):
+                every = max(1, kv.k.shape[2] // max(1, x.shape[2]))
+                found.append(jnp.where(kv.pos[:, :, ::every, None] >= 0, x, 0))
+        lasting = session.policy.lasting(layer)
+        found += [cache.extra[name] for name in sorted({*cache.extra} - {*lasting})]
+    return [np.asarray(x) for x in found if x is not None]
+
+
+@pytest.mark.parametrize("name", some([*CACHED, *CODED], *OWN))
+def test_a_rollback_brings_back_what_was_there_bit_for_bit(name):
+    held, text = session(name, 9, rows=3), tokens(3, 3 * 16)
+    held.read([row[:n] for row, n in zip(text.tolist(), (16, 9, 3), strict=True)])
+    mark, before = held.mark(), seen(held)
+    after = []
+    for part in (text[:, 16:32], text[:, 32:], text[:, 16:32]):
+        held.read(part.tolist())
+        after.append(seen(held))
+        held.rollback(mark)
+        for now, then in zip(seen(held), before, strict=True):
+            np.testing.assert_array_equal(now, then)
+    for first, again in zip(after[0], after[2], strict=True):
+        np.testing.assert_array_equal(first, again)
+    assert any((a != b).any() for a, b in zip(after[0], after[1], strict=True))
+
+
 @pytest.mark.parametrize("name", some(STEADY, "streaming", "duo"))
 def test_chunked_reading_stores_what_token_by_token_reading_stores(name):
     text = tokens(1, LENGTH).tolist()
@@ -147,15 +186,15 @@ def test_rows_of_a_ragged_batch_are_independent(name):
 
 @pytest.mark.parametrize("name", some(CACHED, "full", "h2o"))
 def test_a_second_text_is_untouched_by_the_first_and_compiles_nothing(name):
-    from lclm.serve import session as module
+    from lclm.serve import calls
 
     lm, text = tiny_lm(), tokens(2, 20)
     first = lm.generate(text[:1].tolist(), 4, cache=make(name, 9), chunk=16)[0].tokens
-    compiled = module._decode._cache_size(), module._read_last._cache_size()
+    compiled = calls.decode._cache_size(), calls.read_last._cache_size()
     lm.generate(text[1:].tolist(), 4, cache=make(name, 9), chunk=16)
     again = lm.generate(text[:1].tolist(), 4, cache=make(name, 9), chunk=16)[0].tokens
     assert again == first
-    assert compiled == (module._decode._cache_size(), module._read_last._cache_size())
+    assert compiled == (calls.decode._cache_size(), calls.read_last._cache_size())
 
 
 @pytest.mark.parametrize("name", CHOOSING)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lclm import cache as policies
+from lclm.cache import infinipot
 from lclm.cache.base import Heads, Layer, measured_bytes
 from lclm.cache.infinipot import CATALYST, InfiniPot
 from lclm.cache.step import make_step
@@ -23,6 +24,7 @@ from lclm.config import (
 from lclm.errors import LclmError
 from lclm.language_model import LanguageModel
 from lclm.models.decoder import init_params
+from lclm.ops.codes import encode
 from lclm.ops.rope import angles, rotate
 from lclm.serve.session import Session
 from lclm.specs import MambaSpec
@@ -101,6 +103,20 @@ class Pot:
             assert (apart.min(1) == 0).all()
             found.append(apart.argmin(1).tolist())
         return found
+
+
+def test_codes_that_stay_are_kept_and_those_that_move_are_coded_anew(monkeypatch):
+    monkeypatch.setattr(infinipot, "TILE", 4)
+    k = encode(random_heads(20).k.reshape(1, 2, 10, 16), 4, (1, 8))
+    by = jnp.tile(jnp.array([0, 0, 0, -1, -3, -3, -4, 0, -9, -9], jnp.int32), (1, 2, 1))
+    got = infinipot.moved(k, by, SPEC.rope)
+    want = infinipot.turned(k.astype(jnp.float32), by, SPEC.rope)
+    half = np.repeat(np.asarray(got.scale, np.float32), 8, -1) / 2
+    gap = np.abs(got.astype(jnp.float32) - want)
+    assert (gap <= half + 1e-6).all() and gap[:, :, 3].max() > 0
+    stays = np.asarray(by[0, 0]) == 0
+    for new, old in zip(*map(jax.tree.leaves, (got, k)), strict=True):
+        np.testing.assert_array_equal(new[:, :, stays], old[:, :, stays])
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from lclm.cache import make
 from lclm.errors import LclmError
 from lclm.language_model import LanguageModel
 from lclm.models.decoder import unembed
-from lclm.serve import memory, session
+from lclm.serve import calls, memory
 from lclm.serve.session import Session, pieces, roomy
 from tests.tiny import tiny_lm, tokens
 
@@ -122,10 +122,10 @@ def test_room_grows_by_at_most_an_eighth_in_few_sizes(lm):
 def test_reading_token_by_token_compiles_one_program_for_each_size_of_room(lm):
     text = tokens(1, 50)[0].tolist()
     held = lm.prefill(text[:1], chunk=1).session
-    programs = session._read_last._cache_size()
+    programs = calls.read_last._cache_size()
     for token in text[1:]:
         held.read([[token]])
-    assert session._read_last._cache_size() <= programs + 4
+    assert calls.read_last._cache_size() <= programs + 4
     logits = unembed(lm.config, lm.params, held.last)
     np.testing.assert_allclose(logits[0], lm.logits([text])[0, -1], atol=1e-4)
 

@@ -20,7 +20,7 @@ from lclm.config import (
 )
 from lclm.models.decoder import init_params
 from lclm.ops.sampling import Sampler
-from lclm.serve import session as serve
+from lclm.serve import calls as serve
 from lclm.serve.session import Engine, Session
 from tests.contracts.test_mixers import FINAL, LAYERS, VOCAB, WIDTH
 from tests.tiny import lively, tiny_lm
@@ -63,7 +63,7 @@ def test_a_million_tokens_pass_through_every_bounded_policy(given):
 
     def now() -> tuple[int, int, list[int]]:
         gc.collect()
-        programs = [serve._read_last, serve._decode, serve._overflow]
+        programs = [serve.read_last, serve.decode, serve.overflow]
         return (
             measured_bytes(held.caches),
             sum(array.nbytes for array in jax.live_arrays()),
@@ -121,11 +121,11 @@ def test_a_recurrent_state_has_one_size_and_one_program_at_any_length(name):
     )  # fmt: skip
     session.read(piece[:, :1024])
     decode()
-    before, programs = measured_bytes(session.caches), serve._decode._cache_size()
+    before, programs = measured_bytes(session.caches), serve.decode._cache_size()
     for _ in range(64):
         session.read(piece)
     decode()
     assert session.start[0] == (1 << 20) + 1024 + 8
     assert measured_bytes(session.caches) == before < 1 << 16
-    assert serve._decode._cache_size() == programs
+    assert serve.decode._cache_size() == programs
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(session.caches))

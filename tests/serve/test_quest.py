@@ -113,6 +113,33 @@ def test_the_bounds_kept_are_those_of_the_keys_stored(chunk):
             np.testing.assert_array_equal(bounds[b, :, page, 8:], keys.min(1))
 
 
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_bounds_of_codes_are_those_of_the_decoded_keys_and_over_every_score(chunk):
+    heads, policy = random_heads(), dataclasses.replace(SMALL, bits=4)
+    _, cache = run(policy, heads, chunk)
+    k = np.asarray(cache.groups[0].k.astype(jnp.float32), np.float64)
+    bounds = np.asarray(cache.extra["bounds"], np.float64)
+    q = np.asarray(heads.q[:, :, ::2], np.float64)  # one query head a kv head
+    for b, length in enumerate(ROWS):
+        for page in range(-(-length // 4)):
+            keys = k[b, :, 4 * page : min(4 * page + 4, length)]
+            most, least = np.split(bounds[b, :, page], 2, -1)
+            np.testing.assert_array_equal(most, keys.max(1))
+            np.testing.assert_array_equal(least, keys.min(1))
+            bound = np.maximum(q[b] * most, q[b] * least).sum(-1)
+            true = np.einsum("tkh,kch->tkc", q[b], keys).max(-1)
+            assert (bound >= true - 1e-9).all()
+
+
+def test_codes_are_read_alike_at_any_chunk_and_near_the_numbers():
+    heads, policy = random_heads(), dataclasses.replace(SMALL, bits=8)
+    whole = [run(policy, heads, chunk)[0][0] for chunk in (30, 7, 1)]
+    np.testing.assert_allclose(whole[1], whole[0], atol=3e-5)
+    np.testing.assert_allclose(whole[2], whole[0], atol=3e-5)
+    near = np.abs(whole[0] - run(SMALL, heads, 30)[0][0])
+    assert 0 < np.median(near) < 0.05
+
+
 def test_what_was_read_behind_a_copy_leaves_the_copy_as_it_was():
     heads, layer = random_heads(), Layer(0, SPEC)
     other = jax.tree.map(lambda x: -3 * x, heads)

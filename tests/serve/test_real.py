@@ -12,7 +12,8 @@ from lclm.cache.base import measured_bytes
 from lclm.evals import passkey
 from lclm.models.decoder import init_params
 from lclm.models.presets import preset
-from lclm.serve import session as serve
+from lclm.serve import calls as serve
+from lclm.serve.session import Session
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +46,7 @@ def test_temporaries_of_an_8k_prefill_stay_under_64_mb():
         )
     )
     row = jax.ShapeDtypeStruct((1,), jnp.int32)
-    lowered = serve._read_last.lower(
+    lowered = serve.read_last.lower(
         {"model": params, "policy": None},
         caches,
         jax.ShapeDtypeStruct((1, config.width), jnp.float32),
@@ -58,7 +59,7 @@ def test_temporaries_of_an_8k_prefill_stay_under_64_mb():
 @pytest.mark.real
 def test_a_streaming_cache_holds_its_budget_in_bytes(lm):
     policy = policies.make("streaming:sinks=4,window=1020")
-    held = serve.Session(lm._engine, policy, rows=1, length=40_000, chunk=512)
+    held = Session(lm._engine, policy, rows=1, length=40_000, chunk=512)
     per_token = 30 * (2 * 3 * 64 * 4 + 4)
     assert measured_bytes(held.caches) == 1024 * per_token
     assert np.isfinite(lm.nll([[5, 6, 7, 8]], cache=policy)).all()

@@ -1,0 +1,107 @@
+"""Marks: places in a text that a session goes back to, without a copy of its cache.
+
+A cache that only adds tokens holds all it held at the mark: its positions of then are
+enough to forget what came behind. What is overwritten (rings, evicting caches, sums,
+recurrent states) is copied, when the mark is made and when it is gone back to: compiled
+calls are donated the session's arrays, so a mark never shares one with them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lclm.blocks.layer import each_cache
+from lclm.cache.base import KV, Cache, CachePolicy, Layer, measured_bytes
+from lclm.config import ModelConfig
+from lclm.errors import LclmError
+from lclm.typing import Array
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a session stood: `Session.mark` makes it, for that session alone."""
+
+    of: "Marks"
+    serial: int
+    caches: tuple[Any, ...]
+    last: Array
+    start: np.ndarray
+    free: np.ndarray | None
+    length: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return measured_bytes((self.caches, self.last))
+
+
+class Marks:
+    """Which marks a session can go back to, by number; none is used twice."""
+
+    def __init__(self):
+        self.next, self.open = 0, set()
+
+    def made(self, **held: Any) -> Mark:
+        """A new mark that holds these."""
+        self.open.add(self.next)
+        self.next += 1
+        return Mark(self, self.next - 1, **held)
+
+    def drop_behind(self, mark: Mark) -> None:
+        """Forget marks younger than `mark`; LclmError where it is not one of these."""
+        if mark.of is not self:
+            raise LclmError(
+                "this mark is of another context, or the context was cut behind it: "
+                "roll back the one that made it, or mark again"
+            )
+        if mark.serial not in self.open:
+            raise LclmError(
+                "this mark was dropped when the context went back to an older one: "
+                "mark again"
+            )
+        self.open = {n for n in self.open if n <= mark.serial}
+
+
+def kept(
+    config: ModelConfig, policy: CachePolicy, states: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Copies of what later calls overwrite, and positions where they only add."""
+
+    def part(cache: Cache, layer: Layer) -> Cache:
+        lasting = policy.lasting(layer)
+        groups = (
+            KV(None, None, kv.pos) if i in lasting else kv
+            for i, kv in enumerate(cache.groups)
+        )
+        extra = {k: v for k, v in cache.extra.items() if k not in lasting}
+        return Cache(tuple(groups), extra)
+
+    return jax.tree.map(jnp.copy, each_cache(config, states, part))
+
+
+def back(
+    config: ModelConfig, policy: CachePolicy, states: tuple[Any, ...], mark: Mark
+) -> tuple[Any, ...]:
+    """The states of a mark; arrays that tokens are only added to stay as wide as now.
+
+    `states` are those of the session that made it, which has not been cut since.
+    """
+
+    def whole(held: Cache, layer: Layer) -> Cache:
+        now, lasting = states[layer.index], policy.lasting(layer)
+        groups = (
+            KV(own.k, own.v, _widened(kv.pos, own.pos)) if i in lasting else kv
+            for i, (kv, own) in enumerate(zip(held.groups, now.groups, strict=True))
+        )
+        return Cache(tuple(groups), now.extra | held.extra)
+
+    return each_cache(config, jax.tree.map(jnp.copy, mark.caches), whole)
+
+
+def _widened(pos: Array, like: Array) -> Array:
+    """Positions [B, heads, slots], empty up to the slots that there are now."""
+    more = like.shape[2] - pos.shape[2]
+    return jnp.pad(pos, ((0, 0), (0, 0), (0, more)), constant_values=-1)
