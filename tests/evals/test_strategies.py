@@ -188,17 +188,20 @@ def test_an_exam_counts_what_does_not_fit_and_asks_the_rest(lm, tmp_path):
 def test_a_chat_template_goes_around_the_text_and_before_the_answer_s_start(
     lm, tmp_path
 ):
-    def chat(messages):
-        return f"<user>{messages[0]['content']}<end>"
+    heard, spoken = [], lm.generate
+
+    def generate(prompt, **options):
+        heard.append(lm.tokenizer.decode(prompt))
+        return spoken(prompt, **options)
 
     query = Query("What? It is", ("x",), 4, start=" It is")
-    example = Example("Key is 12345. ", (query,))
-    lm.tokenizer.chat, asked = chat, []
+    lm.generate = generate
+    lm.tokenizer.chat = lambda messages: f"<user>{messages[0]['content']}<end>"
     try:
         for meta in ({}, {"chat": False}):
             item = Item(
                 {"example": str(meta)},
-                lambda m=meta: Example(example.context, (query,), meta=m),
+                lambda m=meta: Example("Key is 12345. ", (query,), meta=m),
             )
             Exam(chat=True).run(
                 [item],
@@ -208,13 +211,12 @@ def test_a_chat_template_goes_around_the_text_and_before_the_answer_s_start(
                 journal=Journal(tmp_path / "m.jsonl"),
                 observe=silent,
             )
-            asked.append([c[2] for c in lm.calls])
-            lm.calls.clear()
     finally:
         del lm.tokenizer.chat
-    size = [lm.encode(t) for t in ("<user>Key is 12345. ", "What?<end> It is")]
-    assert asked[0] == [len(size[0]), len(size[0]) + len(size[1])]
-    assert asked[1][0] == len(lm.encode(example.context))
+    assert heard == [
+        "<user>Key is 12345. What?<end> It is",
+        "Key is 12345. What? It is",
+    ]
     with pytest.raises(LclmError, match="no chat template"):
         chat_wrap(lm)
 
