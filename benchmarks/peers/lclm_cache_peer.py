@@ -1,13 +1,15 @@
 """lclm under a cache policy, measured as a user calls it."""
 
+import ctypes
 import dataclasses
+import gc
 import time
 from typing import Any
 
 import numpy as np
 
 import lclm
-from benchmarks.peers.protocol import Peer, serve
+from benchmarks.peers.protocol import Peer, reset_peak, serve
 
 
 def make(settings: dict[str, Any]) -> Peer:
@@ -22,6 +24,9 @@ def make(settings: dict[str, Any]) -> Peer:
         tokens = request.get("tokens")
         if tokens is None:
             tokens = np.random.default_rng(0).integers(0, config.vocab, request["any"])
+        if request.get("trim"):
+            trim()
+            reset_peak()
         began = time.perf_counter()
         chunk = request.get("chunk", 512)
         context = lm.prefill(tokens, cache=request["cache"], chunk=chunk)
@@ -37,6 +42,14 @@ def make(settings: dict[str, Any]) -> Peer:
         return found | {"decode_seconds": made.stats.decode_seconds}
 
     return measure
+
+
+def trim() -> None:
+    """Give the heap's free pages back to the system (glibc only)."""
+    gc.collect()
+    release = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if release is not None:
+        release(0)
 
 
 if __name__ == "__main__":
