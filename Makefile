@@ -8,13 +8,15 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 ORACLES ?= .venv-oracles
+KERNELS ?= .venv-kernels
 BENCH_ARGS ?=
+KERNEL_ARGS ?=
 PYTEST_ARGS ?=
 PY := $(VENV)/bin/python
 ORACLE_PY := $(ORACLES)/bin/python
 PIP := -m pip --disable-pip-version-check install --quiet --progress-bar off
 
-.PHONY: help install demo test test-all lint bench oracles clean
+.PHONY: help install demo test test-all lint bench oracles kernels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,8 +44,11 @@ oracles: install $(ORACLES)/.requirements $(ORACLES)-megalodon/.requirements  ##
 	    $(ORACLE_PY) tests/oracles/$$family.py --check; done
 	$(ORACLES)-megalodon/bin/python tests/oracles/megalodon.py --check
 
+kernels: $(KERNELS)/.requirements  ## the kernels' values, and their compilation for TPUs that are not here
+	$(KERNELS)/bin/python -m tests.kernels.prove $(KERNEL_ARGS)
+
 clean:  ## remove the environments (runs and the model cache stay)
-	rm -rf $(VENV) $(ORACLES) $(ORACLES)-megalodon
+	rm -rf $(VENV) $(ORACLES) $(ORACLES)-megalodon $(KERNELS)
 
 $(VENV)/.requirements: requirements.txt
 	python=$${PYTHON:-$$(tools/python.sh 3.12)} && "$$python" -m venv $(VENV)
@@ -62,6 +67,11 @@ $(ORACLES)/.requirements: requirements-oracles.txt
 $(ORACLES)-megalodon/.requirements: requirements-megalodon.txt
 	python=$$(tools/python.sh 3.12) && "$$python" -m venv $(ORACLES)-megalodon
 	$(ORACLES)-megalodon/bin/python $(PIP) -r $<
+	touch $@
+
+$(KERNELS)/.requirements: requirements-kernels.txt
+	python=$$(tools/python.sh 3.12) && "$$python" -m venv $(KERNELS)
+	$(KERNELS)/bin/python $(PIP) -r $<
 	touch $@
 
 $(ORACLES)/.llamacpp: $(ORACLES)/.requirements benchmarks/peers/build_llamacpp.sh

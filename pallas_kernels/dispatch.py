@@ -7,6 +7,7 @@ name that refuses is an error with the reason.
 
 import dataclasses
 import importlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention.spec import Spec
+
+_LOG = logging.getLogger("pallas_kernels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,21 +26,37 @@ class Call:
     spec: Spec
     q_shape: tuple[int, ...]
     kv_shape: tuple[int, ...]
+    v_shape: tuple[int, ...]
     dtype: jnp.dtype
+    kv_dtype: jnp.dtype
     platform: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """Where the function is (`module:name`) and why it would refuse a call."""
+    """Where it is (`module:name`) and why it would refuse a call.
+
+    `backward` is where its gradients are, for one whose parts can be joined.
+    """
 
     target: str
     supports: Callable[[Call], str | None]
+    backward: str | None = None
 
     def load(self) -> Callable:
         """The function itself."""
-        module, name = self.target.split(":")
-        return getattr(importlib.import_module(module), name)
+        return _load(self.target)
+
+    def load_backward(self) -> Callable:
+        """Its gradients from what it keeps: `backward(spec, saved, cotangents)`."""
+        if self.backward is None:
+            raise ValueError(f"{self.target} has no backward of its own; pass None")
+        return _load(self.backward)
+
+
+def _load(target: str) -> Callable:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _floating(call: Call) -> str | None:
@@ -54,14 +73,33 @@ def _small(call: Call) -> str | None:
     return _floating(call)
 
 
+def _mosaic_tpu(call: Call) -> str | None:
+    if call.platform != "tpu":
+        return f"it runs on tpu, and this is {call.platform}"
+    from pallas_kernels.attention import tpu
+
+    return tpu.refuses(call)
+
+
+# In the order in which they are tried. The TPU kernels stand behind "xla", so they run
+# by name only, until `make kernels` has compiled them for every generation.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "xla": Implementation("pallas_kernels.attention.vjp:attend", _floating),
+    "xla": Implementation(
+        "pallas_kernels.attention.vjp:attend",
+        _floating,
+        "pallas_kernels.attention.vjp:backward",
+    ),
+    "mosaic_tpu": Implementation(
+        "pallas_kernels.attention.tpu:attend",
+        _mosaic_tpu,
+        "pallas_kernels.attention.tpu:backward",
+    ),
     "reference": Implementation("pallas_kernels.attention.reference:attend", _small),
 }
 
 
-def select(call: Call, implementation: str | None) -> Callable:
-    """The function for `call`; ValueError if none, or not the named one, can run."""
+def select(call: Call, implementation: str | None) -> Implementation:
+    """What runs `call`; ValueError if none, or not the named one, can run."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r}: this build has "
@@ -72,7 +110,8 @@ def select(call: Call, implementation: str | None) -> Callable:
     for name in names:
         reason = IMPLEMENTATIONS[name].supports(call)
         if reason is None:
-            return IMPLEMENTATIONS[name].load()
+            return IMPLEMENTATIONS[name]
+        _LOG.debug("attention on %s: %s refuses: %s", call.platform, name, reason)
         reasons.append(f"{name}: {reason}")
     raise ValueError(
         f"implementation={implementation!r} cannot run this attention "

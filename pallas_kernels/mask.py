@@ -252,13 +252,15 @@ def _block_counts(
     steps = np.zeros(nq * (nk + 2))
     for start, rows in _chunks(mask, T, S, offset, block_q):
         lo, hi = mask.intervals(rows, S)
-        row = ((start + np.arange(len(rows))) // block_q)[:, None] * (nk + 2)
+        row = (np.arange(len(rows)) // block_q)[:, None] * (nk + 2)
+        own = -(-len(rows) // block_q) * (nk + 2)
+        part = steps[start // block_q * (nk + 2) :][:own]
         for edge, sign in ((lo, 1), (hi, -1)):
             block, rest = np.divmod(edge, block_k)
             at = (row + block).ravel()
             rest = rest.ravel()
-            steps += np.bincount(at, sign * (block_k - rest), len(steps))
-            steps += np.bincount(at + 1, sign * rest, len(steps))
+            part += np.bincount(at, sign * (block_k - rest), own)
+            part += np.bincount(at + 1, sign * rest, own)
     counts = np.cumsum(steps.reshape(nq, nk + 2), axis=1)[:, :nk]
     return np.rint(counts).astype(np.int64)
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention.spec import Spec, wide
-from pallas_kernels.attention.vjp import backward
 from pallas_kernels.mask import Mask
 
 __all__ = ["attention", "gradients", "merge"]
@@ -44,9 +43,13 @@ def attention(
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value}: must be positive and finite, or None")
     spec = Spec(mask, scale, softcap, int(offset))
-    call = dispatch.Call(spec, q.shape, k.shape, q.dtype, dispatch.platform())
-    run = dispatch.select(call, implementation)
+    run = dispatch.select(_call(spec, q, k, v), implementation).load()
     return run(spec, q, k, v, sink, q_segment_ids, kv_segment_ids)
+
+
+def _call(spec: Spec, q, k, v) -> "dispatch.Call":
+    kinds = q.dtype, jnp.result_type(k, v)
+    return dispatch.Call(spec, q.shape, k.shape, v.shape, *kinds, dispatch.platform())
 
 
 def gradients(
@@ -67,6 +70,7 @@ def gradients(
     _check(q, k, v, mask, None, (q_segment_ids, kv_segment_ids))
     spec = Spec(mask, float(scale), softcap)
     saved = (q, k, v, None, q_segment_ids, kv_segment_ids, out, lse)
+    backward = dispatch.select(_call(spec, q, k, v), None).load_backward()
     return backward(spec, saved, cotangents)[:3]
 
 

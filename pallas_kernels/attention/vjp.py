@@ -6,6 +6,7 @@ cotangent, so partial attentions may be merged and differentiated.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,25 +18,40 @@ from pallas_kernels.attention import xla
 from pallas_kernels.attention.spec import Spec, corner, wide, wide_dtype
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(spec: Spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
-    """Attention output [B, T, N, H] and float32 log-sum-exp [B, N, T]."""
-    return _run(spec, q, k, v, sink, q_segment_ids, kv_segment_ids)
+def operation(forward: Callable, backward: Callable) -> Callable:
+    """A differentiable `attend(spec, q, k, v, sink, q_segment_ids, kv_segment_ids)`.
+
+    `forward` has its arguments and results; `backward(spec, saved, cotangents)` gives
+    the gradients of q, k, v and sink from what was kept.
+    """
+    run = jax.jit(forward, static_argnums=0)
+
+    def attend(spec: Spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
+        """Attention output [B, T, N, H] and float32 log-sum-exp [B, N, T]."""
+        return run(spec, q, k, v, sink, q_segment_ids, kv_segment_ids)
+
+    def save(spec: Spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
+        out, lse = run(spec, q, k, v, sink, q_segment_ids, kv_segment_ids)
+        out = checkpoint_name(out, "attention_out")
+        lse = checkpoint_name(lse, "attention_lse")
+        return (out, lse), (q, k, v, sink, q_segment_ids, kv_segment_ids, out, lse)
+
+    def apply(spec: Spec, saved, cotangents):
+        return *backward(spec, saved, cotangents), None, None
+
+    attend = jax.custom_vjp(attend, nondiff_argnums=(0,))
+    attend.defvjp(save, apply)
+    return attend
 
 
-_run = jax.jit(xla.forward, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def gradients(tiles: Callable, spec: Spec, saved, cotangents):
+    """Gradients of q, k, v and sink from what an operation keeps.
 
-
-def _save(spec: Spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
-    out, lse = _run(spec, q, k, v, sink, q_segment_ids, kv_segment_ids)
-    out = checkpoint_name(out, "attention_out")
-    lse = checkpoint_name(lse, "attention_lse")
-    return (out, lse), (q, k, v, sink, q_segment_ids, kv_segment_ids, out, lse)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def backward(spec: Spec, saved, cotangents):
-    """Gradients of q, k, v and sink from what `_save` keeps."""
+    `tiles(spec, q, k, v, segments, d_out, lse, delta)` gives those of q, k and v for
+    heads that share a mask; `delta` [B, N, T] is what is taken from every gradient of a
+    weight.
+    """
     q, k, v, sink, q_segment_ids, kv_segment_ids, out, lse = saved
     d_out, d_lse = cotangents
     delta = jnp.einsum("btnh,btnh->bnt", wide(d_out), wide(out))
@@ -47,7 +63,7 @@ def backward(spec: Spec, saved, cotangents):
     classes = xla.head_classes(spec, q.shape[2], k.shape[2])
     d_q, d_k, d_v = [], None, None
     for c in classes:
-        parts = _backward_class(
+        parts = tiles(
             c.spec, xla.take(q, c.query), xla.take(k, c.kv), xla.take(v, c.kv),
             (q_segment_ids, kv_segment_ids), xla.take(d_out, c.query),
             xla.take(lse, c.query, 1), xla.take(delta, c.query, 1),
@@ -134,9 +150,5 @@ def _put_heads(total, part, b, g):
     return lax.dynamic_update_slice(total, part, corner(b, 0, g * part.shape[2], 0))
 
 
-def _apply(spec: Spec, saved, cotangents):
-    d_q, d_k, d_v, d_sink = backward(spec, saved, cotangents)
-    return d_q, d_k, d_v, d_sink, None, None
-
-
-attend.defvjp(_save, _apply)
+backward = functools.partial(gradients, _backward_class)
+attend = operation(xla.forward, backward)
