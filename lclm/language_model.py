@@ -76,7 +76,9 @@ def load(
         from lclm import sharding
 
         params = sharding.place(params, mesh)
-    return LanguageModel(config, params, bundle.tokenizer, dtype=DTYPES[dtype])
+    return LanguageModel(
+        config, params, bundle.tokenizer, dtype=DTYPES[dtype], name=str(source)
+    )
 
 
 class LanguageModel:
@@ -89,6 +91,7 @@ class LanguageModel:
         tokenizer: Any = None,
         *,
         dtype: Any = jnp.float32,
+        name: str = "",
     ):
         self.config = config
         self.params = params
@@ -98,7 +101,7 @@ class LanguageModel:
         # A CPU converts bfloat16 activations at every step; there they stay float32.
         activations = jnp.float32 if jax.default_backend() == "cpu" else dtype
         self.model = Decoder(config, dtype=activations)
-        self._engine = Engine(config, params, activations, dtype)
+        self._engine = Engine(config, params, activations, dtype, name=name)
 
     def logits(self, tokens: Any) -> Float[Array, "B T V"]:
         """float32 [B, T, V]: dense parallel forward over int [B, T]."""

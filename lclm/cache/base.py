@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lclm.config import AttentionSpec, ModelConfig
 from lclm.errors import LclmError
+from lclm.learned import Model
 from lclm.ops import codes
 from lclm.typing import Array, Float, Int, Leaf
 from pallas_kernels.mask import Mask
@@ -195,6 +196,12 @@ class CachePolicy:
         context stores the returned policy, and its arrays are resolved again.
         """
         return self, None
+
+    def verify(self, config: ModelConfig, model: Model) -> None:
+        """Refuse what was made for other weights of the same shape (LclmError).
+
+        A session calls this before `fitted` and `resolve`, which know no weights.
+        """
 
     def fitted(self, config: ModelConfig, dtype: Any, length: int) -> "CachePolicy":
         """The policy with sizes in tokens, for rows of `length` and keys of `dtype`.

@@ -21,7 +21,7 @@ from lclm.typing import Array, Float
 
 Gates = tuple[tuple[bool, ...], ...]
 NONE = Needs()
-RANDOM = "random"
+KIND, RANDOM = "duo_gates", "random"
 HINT = (
     "train gates for it (lclm train --config=configs/duo_gates.py:model=FOLDER) and "
     "give duo:gates=FILE"
@@ -69,10 +69,10 @@ class Duo(CachePolicy):
         if self.heads:
             _check(self.heads, config)
             return self, None
-        if self.gates.partition(":")[0] == RANDOM:
+        if self._random:
             alpha = _drawn(self.gates, config)
         else:
-            found = learned.find("duo_gates", config, self.gates, hint=HINT)
+            found = learned.find(KIND, config, self.gates, hint=HINT)
             alpha = found.params["alpha"]
         chosen = iter(binarised(alpha, self.sparsity))
         heads = tuple(
@@ -80,6 +80,15 @@ class Duo(CachePolicy):
             for layer in config.layers
         )
         return dataclasses.replace(self, heads=heads), None
+
+    def verify(self, config: ModelConfig, model: learned.Model) -> None:
+        """Refuse gates that were trained for other weights."""
+        if not (self.heads or self._random):
+            learned.find(KIND, config, self.gates, hint=HINT, model=model)
+
+    @property
+    def _random(self) -> bool:
+        return self.gates.partition(":")[0] == RANDOM
 
     @property
     def kept(self) -> int | None:

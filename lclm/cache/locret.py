@@ -94,7 +94,7 @@ class Locret(Evicting):
         layers = layers_of(config)
         if not layers:
             raise LclmError("locret over a model without attention layers: use 'full'")
-        if self.heads.partition(":")[0] == RANDOM:
+        if self._random:
             found = draw(layers, self.heads)
         else:
             found = learned.find(KIND, config, self.heads, hint=HINT).params
@@ -105,6 +105,15 @@ class Locret(Evicting):
                 for name, value in found.items()
             }
         return self, tuple(by_layer)
+
+    def verify(self, config: ModelConfig, model: learned.Model) -> None:
+        """Refuse heads that were trained for other weights."""
+        if not self._random:
+            learned.find(KIND, config, self.heads, hint=HINT, model=model)
+
+    @property
+    def _random(self) -> bool:
+        return self.heads.partition(":")[0] == RANDOM
 
     def note(
         self, cache: Cache, new: KV, step: Step, layer: Layer, evidence: Evidence

@@ -12,6 +12,7 @@ import jax
 from lclm.cache.base import CachePolicy, layers_of
 from lclm.config import ModelConfig
 from lclm.errors import LclmError
+from lclm.learned import Model
 from lclm.registry import Table
 from lclm.shorthand import typed
 
@@ -69,6 +70,9 @@ class Sized(CachePolicy):
 
     def encoded(self, tokenizer: Any) -> "Sized":
         return dataclasses.replace(self, policy=self.policy.encoded(tokenizer))
+
+    def verify(self, config: ModelConfig, model: Model) -> None:
+        self.policy.verify(config, model)
 
     def fitted(self, config: ModelConfig, dtype: Any, length: int) -> CachePolicy:
         """The policy with the largest size in tokens that fits, at least the smallest.

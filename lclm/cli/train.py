@@ -231,7 +231,7 @@ def _keep_extra(run: Any, trainer: Any, trained: Any, folder: Path) -> None:
     """Write what the objective trained for itself, if anything."""
     import numpy as np
 
-    from lclm.learned import Extra, save_extra, shape
+    from lclm.learned import Extra, fingerprint, save_extra, shape
     from lclm.train.state import own_params
 
     own = {name: np.asarray(leaf) for name, leaf in own_params(trained.params).items()}
@@ -239,7 +239,11 @@ def _keep_extra(run: Any, trainer: Any, trained: Any, folder: Path) -> None:
         kind = run.objective.partition(":")[0]
         settings = dataclasses.asdict(trainer.stepper.objective)
         about = shape(trainer.config)
-        save_extra(folder, Extra(kind, run.model.source, own, about, settings))
+        table = trained.params["embed/table"]
+        # Where it is spread over hosts, the file goes by the name of its base alone.
+        here = getattr(table, "is_fully_addressable", True)
+        weights = fingerprint(table) if here else ()
+        save_extra(folder, Extra(kind, run.model.source, own, about, settings, weights))
 
 
 def source(spec: Any, *, seed: int = 0) -> Any:

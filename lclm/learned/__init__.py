@@ -2,7 +2,8 @@
 
 A safetensors file whose metadata is {"format": "lclm-extra-1", "kind": the objective's
 name, "base": the model it was trained for, "model": what `shape` says of that model,
-"settings": a JSON table}. Its tensors are the objective's parameters by path:
+"weights": its `fingerprint`, "settings": a JSON table}. Its tensors are the objective's
+parameters by path:
 
 duo_gates: alpha [L, K] float32; settings sinks, window, penalty, start.
 locret_heads: w1 [L, F, (N + 2 K) H] over concat(q, k, v) before rotation, w2 [L, K, F],
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -25,6 +27,7 @@ from lclm.errors import LclmError
 
 FOLDER = Path(__file__).parent
 FORMAT, NAME = "lclm-extra-1", "extra.safetensors"
+SAMPLE = 8  # rows and channels of a fingerprint
 TYPES = {"locret_heads": np.float16}  # scores move by less than 1e-3 of themselves
 
 
@@ -37,6 +40,7 @@ class Extra:
     params: dict[str, np.ndarray]
     model: dict[str, int]
     settings: dict[str, Any] = field(default_factory=dict)
+    weights: tuple[float, ...] = ()
 
 
 def save_extra(folder: str | Path, extra: Extra) -> Path:
@@ -53,6 +57,7 @@ def save_extra(folder: str | Path, extra: Extra) -> Path:
         "kind": extra.kind,
         "base": extra.base,
         "model": json.dumps(extra.model),
+        "weights": json.dumps(extra.weights),
         "settings": json.dumps(extra.settings),
     }
     part = path.with_suffix(".part")
@@ -87,7 +92,8 @@ def load_extra(path: str | Path, *, kind: str | None = None) -> Extra:
             f"{path} does not say which model it is for; train it with this version"
         )
     model, settings = json.loads(head["model"]), json.loads(head["settings"])
-    return Extra(head["kind"], head["base"], params, model, settings)
+    weights = tuple(json.loads(head.get("weights", "[]")))
+    return Extra(head["kind"], head["base"], params, model, settings, weights)
 
 
 def shape(config: ModelConfig) -> dict[str, int]:
@@ -106,13 +112,61 @@ def shape(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def find(kind: str, config: ModelConfig, file: str = "", *, hint: str) -> Extra:
+def fingerprint(table: Any) -> tuple[float, ...]:
+    """A few numbers of an embedding [V, D], dense or packed: 8 channels of 8 rows.
+
+    They are those of the weights, whatever type or rounding these were loaded in.
+    """
+    table = table if hasattr(table, "take") else table.base  # under a LoRA adapter
+    rows = np.linspace(0, table.shape[0] - 1, SAMPLE).astype(int)
+    some = (
+        table.take(jnp.asarray(rows)) if hasattr(table, "dequantize") else table[rows]
+    )
+    channels = np.linspace(0, table.shape[1] - 1, SAMPLE).astype(int)
+    picked = np.asarray(some, np.float32)[:, channels].reshape(-1)
+    return tuple(float(f"{x:.3g}") for x in picked)
+
+
+def alike(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Whether two fingerprints are of the same weights, or of some trained further.
+
+    Their cosine is above 0.99 for weights rounded to 4 bits, and within 0.5 of zero
+    for weights drawn apart.
+    """
+    if len(one) != len(other) or not one:
+        return False
+    a, b = np.array(one), np.array(other)
+    return bool(a @ b >= 0.9 * np.linalg.norm(a) * np.linalg.norm(b))
+
+
+@dataclass(frozen=True)
+class Model:
+    """Who asks for a trained part: its name, "" if it has none, and its embedding."""
+
+    name: str
+    table: Any
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Its fingerprint."""
+        return fingerprint(self.table)
+
+
+def find(
+    kind: str,
+    config: ModelConfig,
+    file: str = "",
+    *,
+    hint: str,
+    model: Model | None = None,
+) -> Extra:
     """The trained part of a kind for a model: of `file`, or one that ships with lclm.
 
-    Raises LclmError, which ends in `hint`, where there is none or it is of another
-    model.
+    It has to have been made for a model of this shape and, where it is told who asks,
+    for these weights; a file that names the very model that asks is believed. Raises
+    LclmError, which ends in `hint`, where there is none.
     """
-    wanted = shape(config)
+    wanted, other = shape(config), ""
     if file:
         extra = load_extra(file, kind=kind)
         if extra.model != wanted:
@@ -120,17 +174,34 @@ def find(kind: str, config: ModelConfig, file: str = "", *, hint: str) -> Extra:
                 f"{file!r} holds {kind} of {extra.base!r} ({_told(extra.model)}), but "
                 f"this model has {_told(wanted)}; {hint}"
             )
+        if (
+            model
+            and extra.base != model.name
+            and not alike(extra.weights, model.weights)
+        ):
+            raise LclmError(
+                f"{file!r} holds {kind} of {extra.base!r}, but {_who(model)} has other "
+                f"weights in the same shape; {hint}"
+            )
         return extra
     known = []
     for path in sorted(FOLDER.glob("*.safetensors")):
         extra = load_extra(path)
-        if extra.kind == kind and extra.model == wanted:
-            return extra
-        known += [extra.base] if extra.kind == kind else []
+        if extra.kind != kind:
+            continue
+        known.append(extra.base)
+        if extra.model == wanted:
+            if model is None or alike(extra.weights, model.weights):
+                return extra
+            other = f"the shape of {extra.base!r} and other weights"
     raise LclmError(
-        f"lclm ships {kind} for {', '.join(known) or 'no model'}, but this model has "
-        f"{_told(wanted)}; {hint}"
+        f"lclm ships {kind} for {', '.join(known) or 'no model'}, but "
+        f"{_who(model)} has {other or _told(wanted)}; {hint}"
     )
+
+
+def _who(model: Model | None) -> str:
+    return f"the model {model.name!r}" if model and model.name else "this model"
 
 
 def _told(model: dict[str, int]) -> str:

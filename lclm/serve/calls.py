@@ -29,6 +29,7 @@ class Engine:
 
     `dtype` is the type of activations; `cache_dtype` that of stored keys and values.
     `policy_params` is what a policy with `needs.params` brought, one item per layer.
+    `name` is what the model was loaded by, if it was.
     """
 
     config: ModelConfig
@@ -36,6 +37,7 @@ class Engine:
     dtype: Any
     cache_dtype: Any
     policy_params: Any = None
+    name: str = ""
 
     @property
     def weights(self) -> dict[str, Any]:

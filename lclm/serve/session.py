@@ -11,6 +11,7 @@ import numpy as np
 from lclm.blocks.layer import init_states, state_bytes
 from lclm.cache.base import CachePolicy
 from lclm.errors import LclmError
+from lclm.learned import Model
 from lclm.ops.sampling import Sampler
 from lclm.serve import calls, memory
 from lclm.serve.calls import Chunk, Engine, How, Rows
@@ -46,6 +47,9 @@ class Session:
         """Allocate for `rows` rows of `length` tokens, `chunk` read at a time."""
         if chunk < 1:
             raise LclmError(f"chunk is {chunk}; it must be at least 1 token")
+        if engine.params:
+            model = Model(engine.name, engine.params["embed"]["table"])
+            policy.verify(engine.config, model)
         policy = policy.fitted(engine.config, engine.cache_dtype, length)
         policy, params = policy.resolve(engine.config)
         if params is not None:

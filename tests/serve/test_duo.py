@@ -15,7 +15,7 @@ from lclm.cache.base import Heads, Layer, measured_bytes
 from lclm.cache.duo import Duo, binarised
 from lclm.cache.step import make_step
 from lclm.errors import LclmError
-from lclm.learned import Extra, save_extra, shape
+from lclm.learned import Extra, fingerprint, save_extra, shape
 from lclm.models.presets import preset
 from lclm.ops.rope import angles, rotate
 from lclm.serve.session import Session
@@ -135,6 +135,7 @@ def gates_for(config, path, alpha=((1.0, 0.2), (0.1, 0.9)), **changes):
         "a-model",
         {"alpha": np.array(alpha, np.float32)},
         shape(config) | changes,
+        weights=fingerprint(tiny_lm().params["embed"]["table"]),
     )
     return str(save_extra(path, extra))
 

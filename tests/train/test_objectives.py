@@ -15,7 +15,7 @@ from lclm.cache.step import make_step
 from lclm.cli.train import _keep_extra
 from lclm.data.batch import make_batch
 from lclm.errors import LclmError
-from lclm.learned import Extra, load_extra, save_extra, shape
+from lclm.learned import Extra, fingerprint, load_extra, save_extra, shape
 from lclm.models.decoder import init_params
 from lclm.objectives.duo_gates import DuoProbe
 from lclm.objectives.locret_heads import asking, received, roles
@@ -237,6 +237,7 @@ def test_a_finished_run_leaves_what_its_objective_trained(name, dtype, tmp_path)
     _keep_extra(made.run, made, Trained(flat, made.state, 0.0), tmp_path)
     found = load_extra(tmp_path, kind=name.partition(":")[0])
     assert found.base == "tiny" and found.model == shape(CONFIG)
+    assert found.weights == fingerprint(flat["embed/table"])
     assert found.params
     for path, value in found.params.items():
         assert value.dtype == dtype
