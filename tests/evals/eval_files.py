@@ -84,7 +84,9 @@ def nq_open(path, lines=6, documents=1):
             "ctxs": [
                 {
                     "title": f"Doors {i}",
-                    "text": f"The {mark} door was painted by the {mark} painter.",
+                    "text": f"The {mark} door was painted by the {mark} painter."
+                    # It may not stand beside the first question.
+                    + " Not by the amber painter." * (i == 1),
                     "isgold": True,
                     "hasanswer": True,
                 }
