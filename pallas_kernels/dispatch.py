@@ -81,8 +81,19 @@ def _mosaic_tpu(call: Call) -> str | None:
     return tpu.refuses(call)
 
 
-# In the order in which they are tried. The TPU kernels stand behind "xla", so they run
-# by name only, until `make kernels` has compiled them for every generation.
+def _mosaic_gpu(call: Call) -> str | None:
+    if call.platform != "gpu":
+        return f"it runs on gpu, and this is {call.platform}"
+    try:
+        from pallas_kernels.attention import gpu
+    except ImportError as error:
+        return f"this JAX has no Mosaic GPU ({error})"
+    return gpu.refuses(call)
+
+
+# In the order in which they are tried. The kernels stand behind "xla", so they run by
+# name only, until `make kernels` has compiled them for every generation and a device
+# has run them.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(
         "pallas_kernels.attention.vjp:attend",
@@ -93,6 +104,11 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         "pallas_kernels.attention.tpu:attend",
         _mosaic_tpu,
         "pallas_kernels.attention.tpu:backward",
+    ),
+    "mosaic_gpu": Implementation(
+        "pallas_kernels.attention.gpu:attend",
+        _mosaic_gpu,
+        "pallas_kernels.attention.gpu:backward",
     ),
     "reference": Implementation("pallas_kernels.attention.reference:attend", _small),
 }

@@ -123,8 +123,13 @@ class _Token:
 
 def _kernel(body, interpret, B: int, C: int, out_type, scratch_types):
     """A warpgroup for every 64 channels of every row."""
+
+    def run(*refs):
+        body(*refs)
+
+    run.__name__ = "selective_scan" + body.func.__name__
     return plgpu.kernel(
-        body,
+        run,
         out_type=out_type,
         scratch_types=scratch_types,
         grid=(B, C // CHANNELS),

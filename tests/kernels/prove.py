@@ -1,12 +1,13 @@
 """`make kernels`: the kernels' values, and what compilers make of them.
 
 Values are checked on the CPU against the dense oracle, with the TPU simulator's race
-detector for a few. Then each kernel is compiled, at the size of real use, for chips
-that are not here, and what comes out (spills, bundles, vector and scalar memory) is
-held against `budgets.json`. A case is compiled in a process of its own, whose compiler
-writes its schedules to a folder that is thrown away.
+detector for a few (those of the GPU kernels are in `make test-all`). Then each kernel
+is compiled, at the size of real use, for chips that are not here, and what comes out is
+held against `budgets.json`: spills, and of a TPU bundles, vector and scalar memory, of
+a GPU registers, instructions and shared memory. A case is compiled in a process of its
+own, whose compiler writes what it made to a folder that is thrown away.
 
-    python -m tests.kernels.prove [--chips=v5e,v6e] [--cases=window] [--update]
+    python -m tests.kernels.prove [--chips=v5e,h200] [--cases=window] [--update]
 """
 
 import argparse
@@ -22,14 +23,23 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUDGETS = HERE / "budgets.json"
-CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "h200": ""}
 # What fails where it grows; a spill fails at once.
-MEASURES = ("bundles", "vmem", "smem")
+MEASURES = {
+    "tpu": ("bundles", "vmem", "smem"),
+    "gpu": ("registers", "instructions", "smem"),
+}
 SLACK = 1.02
+SCAN = "scan"  # the case of the selective scan: 32k tokens, 8,192 channels, 16 states
+
+
+def platform(chip: str) -> str:
+    """Whose kernels a chip runs: "tpu" or "gpu"."""
+    return "gpu" if chip == "h200" else "tpu"
 
 
 def cases() -> dict:
-    """Name -> (mask, tokens, query heads, kv heads, width, options)."""
+    """Name -> (mask, tokens, query heads, kv heads, width, options) of attention."""
     from pallas_kernels import mask as M
 
     sinks = M.causal() & (M.window(4096) | M.sink(4))
@@ -44,50 +54,116 @@ def cases() -> dict:
     }
 
 
+def device(chip: str):
+    """A device that is not here."""
+    from jax.experimental import topologies
+
+    if platform(chip) == "tpu":
+        found = topologies.get_topology_desc("tpu", topology_name=CHIPS[chip])
+        return found.devices[0]
+    target = (ROOT / "lclm" / "train" / f"{chip}.txtpb").read_text()
+    found = topologies.get_topology_desc(
+        platform="cuda", target_config=target, topology="1x1x1"
+    )
+    return found.devices[0]
+
+
 def compile_case(chip: str, name: str) -> None:
     """Compile one case's forward and backward pass for a chip (in a child process)."""
     import jax
-    import jax.numpy as jnp
-    from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
     from pallas_kernels import dispatch
+
+    place = SingleDeviceSharding(device(chip))
+
+    def array(shape, dtype="float32"):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    which = platform(chip)
+    make = scan_case if name == SCAN else attention_case
+    run, args = make(f"mosaic_{which}", name, array)
+    with dispatch.target(which):
+        lowered = jax.jit(run).lower(*args)
+    memory = lowered.compile().memory_analysis()
+    print(json.dumps({"temporary": memory.temp_size_in_bytes}))
+
+
+def scan_case(implementation: str, name: str, array):
+    """A selective scan without and with its gradients, and its arguments."""
+    import jax
+
+    from pallas_kernels.selective_scan import kernel
+
+    B, T, C, N = 2, 32_768, 8192, 16
+    scan = kernel((B, T, C), N, "float32", implementation)
+    tokens, states = array((B, T, C)), array((B, T, N))
+    args = [tokens, tokens, array((N, C)), states, states, array((B, N, C))]
+
+    def run(keep, cotangents, *args):
+        outs, back = jax.vjp(lambda *args: scan(*args, keep), *args)
+        return scan(*args, keep), outs, back(cotangents)
+
+    return run, (array((B, T)), (tokens, args[-1]), *args)
+
+
+def attention_case(implementation: str, name: str, array):
+    """Attention with its gradients, and its arguments."""
+    import jax
+
     from pallas_kernels.attention import attention
 
     mask, T, N, K, H, options = cases()[name]
-    dtype = jnp.dtype(options.get("dtype", "bfloat16"))
-    found = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
-    place = SingleDeviceSharding(found.devices[0])
-
-    def array(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
+    dtype = options.get("dtype", "bfloat16")
     q, kv = array((1, T, N, H), dtype), array((1, T, K, H), dtype)
-    ids = array((1, T), jnp.int32) if options.get("segments") else None
-    sink = array((N,), jnp.float32) if options.get("sink") else None
+    ids = array((1, T), "int32") if options.get("segments") else None
+    sink = array((N,)) if options.get("sink") else None
 
     def run(q, k, v, sink, ids, d_out, d_lse):
         def attend(q, k, v, sink):
             return attention(
                 q, k, v, mask=mask, softcap=options.get("softcap"), sink=sink,
-                q_segment_ids=ids, kv_segment_ids=ids, implementation="mosaic_tpu",
+                q_segment_ids=ids, kv_segment_ids=ids, implementation=implementation,
             )  # fmt: skip
 
         outs, back = jax.vjp(attend, q, k, v, sink)
         return outs, back((d_out, d_lse))
 
-    d_lse = array((1, N, T), jnp.float32)
-    with dispatch.target("tpu"):
-        lowered = jax.jit(run).lower(q, kv, kv, sink, ids, q, d_lse)
-    memory = lowered.compile().memory_analysis()
-    print(json.dumps({"temporary": memory.temp_size_in_bytes}))
+    return run, (q, kv, kv, sink, ids, q, array((1, N, T)))
 
 
-def measure(folder: Path) -> dict[str, dict[str, int]]:
+def taken(chip: str) -> list[str]:
+    """The cases that a chip's kernels take."""
+    narrow = [n for n, c in cases().items() if c[-1].get("dtype") != "float32"]
+    return [*(narrow if platform(chip) == "gpu" else cases()), SCAN]
+
+
+def measure_gpu(folder: Path) -> dict[str, dict[str, int]]:
+    """What the assembler says of each kernel: the largest where there are several."""
+    found: dict[str, dict[str, int]] = {}
+    for path in folder.glob("*.ptxas"):
+        kernel, told = re.sub(r"_\d+$", "", path.stem), path.read_text()
+        code = path.with_suffix(".ptx").read_text()
+        used = path.with_suffix(".resources.txt").read_text()
+        (shared,) = re.findall(r"smem_scratch_bytes=(\d+)", used)
+        spilled = re.findall(r"(\d+) bytes spill", told)
+        own = found.setdefault(kernel, {})
+        for key, value in {
+            "registers": int(re.findall(r"Used (\d+) registers", told)[0]),
+            "instructions": len(re.findall(r"^\t[@a-z].*;$", code, re.MULTILINE)),
+            "spills": max(map(int, spilled)),
+            "smem": int(shared),
+        }.items():
+            own[key] = max(value, own.get(key, 0))
+    return found
+
+
+def measure_tpu(folder: Path) -> dict[str, dict[str, int]]:
     """What a dump says of each kernel: the largest where there are several of one."""
     found: dict[str, dict[str, int]] = {}
     for path in folder.glob("*-final_hlo-static-per-bundle-utilization.txt"):
-        kernel = re.search(r"-(attention_\w+)\.", path.name)
+        names = r"(attention_[a-z_]+?|selective_scan(?:_gradients)?)_*\.\d"
+        kernel = re.search(names, path.name)
         if kernel is None:
             continue
         lines = path.read_text().splitlines()
@@ -99,7 +175,7 @@ def measure(folder: Path) -> dict[str, dict[str, int]]:
         stem = re.sub(r"-\d+-final_hlo.*", "", path.name)
         (final,) = folder.glob(f"{stem}-*-pre-finalize-registers-and-allocations.txt")
         sizes = re.findall(r"space=(\w+), size = (0x[0-9a-f]+)", final.read_text())
-        own = found.setdefault(kernel[1].removesuffix("_"), {})
+        own = found.setdefault(kernel[1], {})
         for key, value in {
             "bundles": len(rows),
             "spills": sum(int(row[spills]) for row in rows),
@@ -120,6 +196,8 @@ def compiled(chip: str, name: str) -> dict[str, dict[str, int]]:
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} "
             "--xla_jf_dump_llo_text=true",
+            "MOSAIC_GPU_DUMP_PTXAS": "1",
+            "MOSAIC_GPU_DUMP_TO": folder,
         }
         command = [sys.executable, "-m", "tests.kernels.prove", "--compile", chip, name]
         done = subprocess.run(
@@ -127,6 +205,7 @@ def compiled(chip: str, name: str) -> dict[str, dict[str, int]]:
         )
         if done.returncode:
             raise SystemExit(f"{chip} {name} does not compile:\n{done.stderr[-4000:]}")
+        measure = measure_gpu if platform(chip) == "gpu" else measure_tpu
         found = measure(Path(folder))
     if not found:
         raise SystemExit(f"{chip} {name}: the compiler wrote no schedule of a kernel")
@@ -139,7 +218,7 @@ def breaches(found: dict, budgets: dict) -> list[str]:
     for kernel, own in found.items():
         if own["spills"]:
             wrong.append(f"{kernel}: {own['spills']} spills")
-        for key in MEASURES:
+        for key in own.keys() - {"spills"}:
             most = budgets.get(kernel, {}).get(key)
             if most is None:
                 wrong.append(f"{kernel}: no budget of {key}")
@@ -149,17 +228,22 @@ def breaches(found: dict, budgets: dict) -> list[str]:
 
 
 def table(everything: dict) -> str:
-    """The figures as a Markdown table."""
-    lines = [
-        "| chip | case | kernel | bundles | spills | VMEM, KiB | SMEM, KiB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for chip, rows in everything.items():
-        for name, kernels in rows.items():
-            for kernel, own in sorted(kernels.items()):
-                sizes = [f"{-(-own[key] // 1024):,}" for key in ("vmem", "smem")]
-                cells = [f"{own['bundles']:,}", str(own["spills"]), *sizes]
-                lines.append(f"| {' | '.join([chip, name, kernel, *cells])} |")
+    """The figures as a Markdown table for each platform; memory is in bytes."""
+    lines = []
+    for which, measures in MEASURES.items():
+        rows = [
+            (chip, name, kernel, own)
+            for chip, found in everything.items()
+            for name, kernels in found.items()
+            for kernel, own in sorted(kernels.items())
+            if platform(chip) == which
+        ]
+        if rows:
+            heads = ("chip", "case", "kernel", "spills", *measures)
+            lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        for *names, own in rows:
+            cells = [f"{own[key]:,}" for key in ("spills", *measures)]
+            lines.append("| " + " | ".join([*names, *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -177,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run it; 1 where something is over its budget."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chips", default=",".join(CHIPS))
-    parser.add_argument("--cases", default=",".join(cases()))
+    parser.add_argument("--cases", help="names; those that a chip takes")
     parser.add_argument("--update", action="store_true", help="write the budgets")
     parser.add_argument("--no-values", action="store_true", help="compile only")
     parser.add_argument("--compile", nargs=2, metavar=("CHIP", "CASE"))
@@ -191,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     found, wrong = {}, []
     for chip in args.chips.split(","):
-        for name in args.cases.split(","):
+        for name in args.cases.split(",") if args.cases else taken(chip):
             began = time.perf_counter()
             own = compiled(chip, name)
             found.setdefault(chip, {})[name] = own
