@@ -76,7 +76,7 @@ def stored(session: Session) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("name", policies.POLICIES)
+@pytest.mark.parametrize("name", some(list(policies.POLICIES), "recompute", *OWN))
 def test_a_budget_of_the_whole_text_equals_full_attention(name):
     text = tokens(2, LENGTH)
     nll = tiny_lm().nll(text, cache=make(name, LENGTH), chunk=16)

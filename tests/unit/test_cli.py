@@ -53,6 +53,9 @@ class Echo:
     def cache_bytes(self, cache, length):
         return 0
 
+    def prefill(self, text, *, cache="full", room=0):
+        raise NotImplementedError
+
     def generate(self, prompt, *, cache, chunk, stream, **sampling):
         self.asked.append((prompt, cache, sampling))
         stats = SimpleNamespace(
