@@ -17,7 +17,7 @@ import pytest
 from lclm.cache import make
 from lclm.config import AttentionSpec, LayerSpec, ModelConfig, RopeSpec, Run
 from lclm.language_model import LanguageModel
-from lclm.learned import Extra, save_extra, shape
+from lclm.learned import Extra, fingerprint, save_extra, shape
 from lclm.models.decoder import unembed
 from lclm.ops import rope
 from lclm.serve.session import Session
@@ -117,7 +117,9 @@ def heads(folder) -> str:
     w1 = np.zeros((2, 1, 3 * SIZE), np.float32)
     w1[1, 0, SIZE : SIZE + KEYS] = 10.0  # the second layer's keys: the token before
     made = {"w1": w1, "w2": np.ones((2, 1, 1), np.float32)}
-    return str(save_extra(folder, Extra("locret_heads", "tiny", made, shape(CONFIG))))
+    own = fingerprint(model().params["embed"]["table"])
+    extra = Extra("locret_heads", "tiny", made, shape(CONFIG), {}, own)
+    return str(save_extra(folder, extra))
 
 
 def test_quest_and_locret_hold_a_needle_that_has_left_the_window(tmp_path):
