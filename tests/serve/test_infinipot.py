@@ -150,7 +150,7 @@ def test_survivors_stand_in_order_at_the_first_places_rotated_for_them(rope):
     assert pot.held(heads)[0] != pot.held(heads)[1]
 
 
-@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize("reduce", [pytest.param("sum", marks=pytest.mark.slow), "max"])
 def test_without_novelty_each_head_keeps_what_the_catalyst_attends_to(reduce):
     policy = dataclasses.replace(POT, alpha=0.0, reduce=reduce)
     heads, catalyst = random_heads(24), random_heads(2, seed=4)

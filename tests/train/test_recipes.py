@@ -30,7 +30,7 @@ RECIPES = {
     "pretrain": ("",),
 }
 CASES = [(name, options) for name, all in RECIPES.items() for options in all]
-SHOWN = {("longlora", ""), ("longgen", ""), ("duo_gates", "")}
+SHOWN = {("longlora", ""), ("duo_gates", "")}
 
 
 def recipe(name: str, *options: str):
