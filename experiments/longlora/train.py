@@ -3,7 +3,7 @@
     lclm train --config=experiments/longlora/train.py --workdir=runs/longlora
     lclm train --config=experiments/longlora/train.py:rope=linear --workdir=runs/pi
 
-YaRN positions (factor 4), shifted groups of 2,048 in rows of 4,096 tokens, adapters of
+NTK positions (factor 4), shifted groups of 2,048 in rows of 4,096 tokens, adapters of
 rank 16 on q, k, v, o and the norms. `rope=linear` is the paper's position interpolation
 (arXiv 2309.12307); `plus=True` also trains the embeddings.
 """
@@ -11,8 +11,8 @@ rank 16 on q, k, v, o and the norms. `rope=linear` is the paper's position inter
 import ml_collections
 
 
-def get_config(rope="yarn", steps=90, length=4096, plus=False, lr=2e-4):
-    """`rope`: yarn, linear or ntk, by a factor of 4; `length`: tokens a row."""
+def get_config(rope="ntk", steps=60, length=4096, plus=False, lr=2e-4):
+    """`rope`: ntk, yarn or linear, by a factor of 4; `length`: tokens a row."""
     config = ml_collections.ConfigDict()
     config.name = f"longlora-{rope}" + ("-plus" if plus else "")
     config.title = "SmolLM2 from 8k to 32k"

@@ -90,9 +90,7 @@ def test_codes_of_a_whole_text_are_near_full_attention():
     assert 0 < np.mean(near) < 0.05
 
 
-@pytest.mark.parametrize(
-    "name", some([*STEADY, "quest:bits=4"], "streaming", "duo", "quest")
-)
+@pytest.mark.parametrize("name", some([*STEADY, "quest:bits=4"], "streaming"))
 def test_losses_do_not_depend_on_the_chunk(name):
     text = tokens(1, LENGTH)
     whole = tiny_lm().nll(text, cache=make(name, 9), chunk=LENGTH)
@@ -163,7 +161,7 @@ def test_a_rollback_brings_back_what_was_there_bit_for_bit(name):
     assert any((a != b).any() for a, b in zip(after[0], after[1], strict=True))
 
 
-@pytest.mark.parametrize("name", some(STEADY, "streaming", "duo"))
+@pytest.mark.parametrize("name", some(STEADY, "streaming"))
 def test_chunked_reading_stores_what_token_by_token_reading_stores(name):
     text = tokens(1, LENGTH).tolist()
     chunked, single = session(name, 9), session(name, 9, chunk=1)
@@ -175,7 +173,7 @@ def test_chunked_reading_stores_what_token_by_token_reading_stores(name):
         assert a[-1] == LENGTH - 1
 
 
-@pytest.mark.parametrize("name", some(CACHED + CODED, "streaming", "snapkv"))
+@pytest.mark.parametrize("name", some(CACHED + CODED, "snapkv"))
 def test_rows_of_a_ragged_batch_are_independent(name):
     lm, policy = tiny_lm(), make(name, 9)
     rows = [tokens(1, n, seed=n)[0].tolist() for n in (3, 20, 37)]
@@ -215,7 +213,7 @@ def test_a_chosen_cache_is_full_sorted_and_holds_what_it_protects(name):
                     assert {*range(policy.sinks), *recent} <= set(found)
 
 
-@pytest.mark.parametrize("name", some(CHOOSING, "h2o", "pyramidkv"))
+@pytest.mark.parametrize("name", some(CHOOSING, "h2o"))
 def test_a_prompt_is_cut_once_and_what_follows_is_kept(name):
     lm = tiny_lm()
     policy = dataclasses.replace(make(name, 9), at="end")

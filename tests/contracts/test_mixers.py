@@ -54,9 +54,9 @@ TOLERANCE = {"float64": 1e-12, "float32": 2e-5}
 def late(name: str, dtype: str) -> bool:
     """Whether a case waits for the slow tests: float32, and variants of a mixer.
 
-    Megalodon's is the dearest; what it holds is among the goldens of `test_megalodon`.
+    Megalodon's and Infini's are the dearest; what they hold is in files of their own.
     """
-    variants = ("window", "mamba-jamba", "infini-linear", "megalodon")
+    variants = ("window", "mamba-jamba", "infini-linear", "infini-delta", "megalodon")
     return dtype == "float32" or name in variants
 
 

@@ -9,6 +9,16 @@ import numpy as np
 import pytest
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+# Models that differ from another golden one in an option alone.
+VARIANTS = (
+    "llama_bias llama_head16 llama_rope_linear llama_rope_yarn llama_tied "
+    "mamba2_groups mamba2_limit mamba_bias megalodon_plain mistral"
+).split()
+MODELS = [
+    pytest.param(path.name, marks=[pytest.mark.slow] * (path.name in VARIANTS))
+    for path in sorted(GOLDEN.iterdir())
+    if (path / "config.json").is_file()
+]
 HEADS, HEAD_DIM, WIDTH, HIDDEN, VOCAB = 2, 8, 32, 64, 64
 
 

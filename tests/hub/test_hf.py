@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, MODELS
 from safetensors.numpy import load_file, save_file
 
 from lclm import hub
@@ -19,7 +19,6 @@ from lclm.hub.hf_config import FAMILIES, config_from_hf, config_to_hf
 from lclm.hub.names import HF_TABLES, hf_names, param_shapes
 from lclm.tree import flatten
 
-NAMES = sorted(p.name for p in GOLDEN.iterdir() if (p / "config.json").is_file())
 WEIGHTS = "model.safetensors"
 
 
@@ -27,7 +26,7 @@ def table_of(name):
     return json.loads((GOLDEN / name / "config.json").read_text())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_names_are_a_bijection_with_the_file(name):
     config = hub.describe(GOLDEN / name)
     names = hf_names(config, config.family)
@@ -40,7 +39,7 @@ def test_names_are_a_bijection_with_the_file(name):
     assert sorted(stored) == sorted(load_file(GOLDEN / name / WEIGHTS))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_round_trip_is_bit_exact(name, tmp_path):
     bundle = hub.load(GOLDEN / name)
     hub.save_hf(tmp_path / "out", bundle)
@@ -55,7 +54,7 @@ def test_round_trip_is_bit_exact(name, tmp_path):
     assert hub.load(tmp_path / "out").config == bundle.config
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_exported_config_says_what_transformers_wrote(name):
     table = table_of(name)
     again = config_to_hf(hub.describe(GOLDEN / name))

@@ -3,17 +3,16 @@
 import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, MODELS
 
 import lclm
 from lclm import hub
 from lclm.hub.known import KNOWN, cache_folder
 
-TINY = sorted(p.name for p in GOLDEN.iterdir() if (p / "config.json").is_file())
 SMOLLM2 = cache_folder() / "models" / KNOWN["smollm2-135m"].file
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(name):
     with np.load(GOLDEN / name / "golden.npz") as golden:
         tokens, expected = golden["tokens"], golden["logits"]

@@ -54,7 +54,18 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+# Of families with several sizes, the others wait for `make test-all`.
+QUICK = (
+    "smollm2-135m llama-3.2-1b qwen2-0.5b qwen3-0.6b gemma-3-270m mamba-130m "
+    "mamba2-130m jamba-v0.1 mixtral-8x7b longgen-smollm2-135m infini-smollm2-135m "
+    "megalodon-200m tiny-bytes tiny-bytes-hybrid"
+).split()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PRESETS],
+)
 def test_a_preset_has_the_published_number_of_parameters(name):
     shapes = param_shapes(preset(name)).values()
     assert sum(math.prod(shape) for shape in shapes) == PARAMETERS[name]

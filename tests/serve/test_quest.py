@@ -93,7 +93,7 @@ def by_hand(heads: Heads, policy: Quest) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 30])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 7, 30])
 def test_quest_equals_pages_ranked_by_hand_at_any_chunk(chunk):
     heads = random_heads()
     got, _ = run(SMALL, heads, chunk)
@@ -131,6 +131,7 @@ def test_bounds_of_codes_are_those_of_the_decoded_keys_and_over_every_score(chun
             assert (bound >= true - 1e-9).all()
 
 
+@pytest.mark.slow
 def test_codes_are_read_alike_at_any_chunk_and_near_the_numbers():
     heads, policy = random_heads(), dataclasses.replace(SMALL, bits=8)
     whole = [run(policy, heads, chunk)[0][0] for chunk in (30, 7, 1)]
