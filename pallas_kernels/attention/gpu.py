@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import blocks, vjp, xla
+from pallas_kernels.attention import blocks, vjp
 from pallas_kernels.attention.spec import Spec
 
 HIDDEN = -1e30  # score of a masked pair; its weight is exactly 0
@@ -448,20 +448,6 @@ def _scores(spec: Spec, visit: Visit, a, b):
 # Forward.
 
 
-def forward(spec: Spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
-    """Attention output [B, T, N, H] and float32 log-sum-exp [B, N, T]."""
-    classes = xla.head_classes(spec, q.shape[2], k.shape[2])
-    pairs = [
-        _forward_class(
-            c.spec, xla.take(q, c.query), xla.take(k, c.kv), xla.take(v, c.kv),
-            xla.take(sink, c.query, 0), (q_segment_ids, kv_segment_ids),
-        )
-        for c in classes
-    ]  # fmt: skip
-    outs, lses = zip(*pairs, strict=True)
-    return xla.join(list(outs), classes, 2), xla.join(list(lses), classes, 1)
-
-
 def _forward_class(spec, q, k, v, sink, segments):
     tiling, dtype = Tiling.of(spec, q, k, ROWS, KEYS), jnp.result_type(q, k, v)
     walk = tiling.walk()
@@ -666,5 +652,6 @@ def _keys_body(spec, visits, held, outputs):
     d_k[place], d_v[place] = sum_k * spec.scale, sum_v
 
 
+forward = functools.partial(vjp.outputs, _forward_class)
 backward = functools.partial(vjp.gradients, _tiles)
 attend = vjp.operation(forward, backward)

@@ -351,20 +351,6 @@ def _scores(spec: Spec, q, k):
     return bend * (spec.softcap * LOG2E), 1.0 - jnp.square(bend)
 
 
-def forward(spec: Spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
-    """Attention output [B, T, N, E] and float32 log-sum-exp [B, N, T]."""
-    classes = xla.head_classes(spec, q.shape[2], k.shape[2])
-    pairs = [
-        _forward_class(
-            c.spec, xla.take(q, c.query), xla.take(k, c.kv), xla.take(v, c.kv),
-            xla.take(sink, c.query, 0), (q_segment_ids, kv_segment_ids),
-        )
-        for c in classes
-    ]  # fmt: skip
-    outs, lses = zip(*pairs, strict=True)
-    return xla.join(list(outs), classes, 2), xla.join(list(lses), classes, 1)
-
-
 def _forward_class(spec, q, k, v, sink, segments):
     layout = Layout.of(spec, q, k, v)
     call = Kernel(layout, layout.walk.by_rows, segments)
@@ -509,5 +495,6 @@ def _d_kv(spec, visit, q, d_out, k, v, lse, delta, d_k, d_v, acc_k, acc_v):
         d_v[...] = acc_v[...].astype(d_v.dtype)
 
 
+forward = functools.partial(vjp.outputs, _forward_class)
 backward = functools.partial(vjp.gradients, backward_class)
 attend = vjp.operation(forward, backward)

@@ -44,6 +44,23 @@ def operation(forward: Callable, backward: Callable) -> Callable:
     return attend
 
 
+def outputs(tiles: Callable, spec: Spec, q, k, v, sink, q_segment_ids, kv_segment_ids):
+    """Attention output and float32 log-sum-exp of heads under any masks.
+
+    `tiles(spec, q, k, v, sink, segments)` gives both for heads that share a mask.
+    """
+    classes = xla.head_classes(spec, q.shape[2], k.shape[2])
+    pairs = [
+        tiles(
+            c.spec, xla.take(q, c.query), xla.take(k, c.kv), xla.take(v, c.kv),
+            xla.take(sink, c.query, 0), (q_segment_ids, kv_segment_ids),
+        )
+        for c in classes
+    ]  # fmt: skip
+    outs, lses = zip(*pairs, strict=True)
+    return xla.join(list(outs), classes, 2), xla.join(list(lses), classes, 1)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def gradients(tiles: Callable, spec: Spec, saved, cotangents):
     """Gradients of q, k, v and sink from what an operation keeps.
