@@ -8,6 +8,7 @@ the machine fall on all of them: A B C A B C, in another order each round.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -86,7 +87,8 @@ class Worker:
 
     def close(self) -> None:
         """End of input, end of process."""
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
+            self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
 

@@ -1,6 +1,5 @@
 """lclm under a cache policy, measured as a user calls it."""
 
-import ctypes
 import dataclasses
 import gc
 import time
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import lclm
-from benchmarks.peers.protocol import Peer, reset_peak, serve
+from benchmarks.peers.protocol import Peer, give_back, reset_peak, serve
 
 
 def make(settings: dict[str, Any]) -> Peer:
@@ -25,7 +24,8 @@ def make(settings: dict[str, Any]) -> Peer:
         if tokens is None:
             tokens = np.random.default_rng(0).integers(0, config.vocab, request["any"])
         if request.get("trim"):
-            trim()
+            gc.collect()
+            give_back()
             reset_peak()
         began = time.perf_counter()
         chunk = request.get("chunk", 512)
@@ -42,14 +42,6 @@ def make(settings: dict[str, Any]) -> Peer:
         return found | {"decode_seconds": made.stats.decode_seconds}
 
     return measure
-
-
-def trim() -> None:
-    """Give the heap's free pages back to the system (glibc only)."""
-    gc.collect()
-    release = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if release is not None:
-        release(0)
 
 
 if __name__ == "__main__":

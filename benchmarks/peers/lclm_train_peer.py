@@ -35,6 +35,7 @@ def make(settings: dict[str, Any]) -> Peer:
             "length": length,
             "compute": settings["dtype"],
             "scan": False,
+            "remat": {"kind": "products"},
             "optimizer": {"lr": 1e-5, "schedule": "constant"},
         }
         return Trainer(train_config(run), bundle.config, bundle.params)

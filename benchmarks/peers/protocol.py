@@ -4,6 +4,7 @@ Standard library only: peers run in another Python than lclm. A peer is persiste
 measurements of different peers alternate (A B A B) without loading models again.
 """
 
+import ctypes
 import json
 import os
 import resource
@@ -43,11 +44,19 @@ def serve(make: Callable[[dict[str, Any]], Peer]) -> None:
                 reset_peak()
                 answer = measure(request)
                 answer["peak_rss"] = peak_rss()
+                give_back()
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         out.write(json.dumps(answer) + "\n")
         if measure is None:
             return
+
+
+def give_back() -> None:
+    """Free pages to the system (glibc only): the next peer may need them."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def reset_peak() -> None:

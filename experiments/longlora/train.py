@@ -36,7 +36,7 @@ def get_config(rope="ntk", steps=60, length=4096, plus=False, lr=2e-4):
     config.steps = steps
     config.batch = 1
     config.compute = "float32"
-    config.remat = dict(kind="none")
+    config.remat = dict(kind="products")
     config.checkpoints = dict(every=15)
     config.log_every = 1
     config.optimizer = dict(

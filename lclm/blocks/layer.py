@@ -81,7 +81,8 @@ def init_states(
     known = {layer.index: layer for layer in layers_of(config)}
     for index, layer in enumerate(config.layers):
         if index in known:
-            states.append(policy.init(known[index], batch, length, dtype))
+            own = policy.over(known[index])
+            states.append(own.init(known[index], batch, length, dtype))
         else:
             mixer = MIXERS[layer.mixer.TYPE]
             states.append(mixer.init_state(layer.mixer, config.width, batch, dtype))

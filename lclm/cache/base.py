@@ -29,7 +29,7 @@ class Layer:
 
     `mask` is the whole mask of a spec with a static pattern, on positions, or None.
     `rank` counts the model's attention layers from 0, `layers` is how many there are;
-    both are known where caches are allocated or cut, not while they are read.
+    both are known to `over` and where caches are allocated or cut, not to `attend`.
     """
 
     index: int
@@ -222,6 +222,14 @@ class CachePolicy:
     def capacity(self, layer: Layer, length: int) -> int:
         """Slots per kv head for rows of at most `length` tokens."""
         raise NotImplementedError
+
+    def over(self, layer: Layer) -> "CachePolicy":
+        """The policy of one layer: another one where this has no business there.
+
+        Whoever runs a policy over a model asks this of each layer of `layers_of`, and
+        gives what it says all that concerns the layer's cache.
+        """
+        return self
 
     def groups(self, layer: Layer, length: int) -> tuple[HeadGroup, ...]:
         """Head groups of one layer; one group of all kv heads unless overridden."""

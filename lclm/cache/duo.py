@@ -12,7 +12,7 @@ import numpy as np
 from lclm import learned
 from lclm.cache import read, write
 from lclm.cache.base import KV, Cache, CachePolicy, HeadGroup, Heads, Layer, Needs
-from lclm.cache.policies import Full, at_least
+from lclm.cache.policies import Full, at_least, sees_part
 from lclm.cache.step import Step
 from lclm.config import AttentionSpec, ModelConfig
 from lclm.errors import LclmError
@@ -95,9 +95,10 @@ class Duo(CachePolicy):
         full = any(any(layer) for layer in self.heads)
         return None if full or not self.heads else self.sinks + self.window
 
+    def over(self, layer: Layer) -> CachePolicy:
+        return Full(bits=self.bits) if sees_part(layer) else self
+
     def groups(self, layer: Layer, length: int) -> tuple[HeadGroup, ...]:
-        if _foreign(layer):
-            return Full(bits=self.bits).groups(layer, length)
         full, near = self._split(layer)
         both = HeadGroup(full, length), HeadGroup(near, self.sinks + self.window)
         return tuple(group for group in both if group.heads)
@@ -111,8 +112,6 @@ class Duo(CachePolicy):
         sink: Array | None = None,
     ) -> tuple[Float[Array, "B T N H"], Cache]:
         """Each head group over its own slots; heads come back in their order."""
-        if _foreign(layer):
-            return Full(bits=self.bits).attend(cache, heads, step, layer, sink)
         parts = [part for part in self._split(layer) if part]
         outs, groups, order = [], [], []
         for chosen, kv in zip(parts, cache.groups, strict=True):
@@ -130,8 +129,6 @@ class Duo(CachePolicy):
         return jnp.concatenate(outs, 2)[:, :, back], Cache(tuple(groups), cache.extra)
 
     def lasting(self, layer: Layer) -> tuple[int, ...]:
-        if _foreign(layer):
-            return Full().lasting(layer)
         return (0,) if self._split(layer)[0] else ()
 
     def _split(self, layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -198,10 +195,6 @@ def _of_group(
 
 def _slots(kv: KV, first: int, end: int | None) -> KV:
     return jax.tree.map(lambda x: x[:, :, first:end], kv)
-
-
-def _foreign(layer: Layer) -> bool:
-    return layer.spec.static or layer.spec.window is not None
 
 
 def binarised(alpha: Float[np.ndarray, "L K"], sparsity: float) -> Gates:

@@ -10,8 +10,17 @@ import jax.numpy as jnp
 
 from lclm.cache import heads as by_head
 from lclm.cache import read, write
-from lclm.cache.base import KV, Cache, Evidence, HeadGroup, Heads, Layer, Needs
-from lclm.cache.policies import Absolute, Full, at_least, fixed_angles, sees_less
+from lclm.cache.base import (
+    KV,
+    Cache,
+    CachePolicy,
+    Evidence,
+    HeadGroup,
+    Heads,
+    Layer,
+    Needs,
+)
+from lclm.cache.policies import Absolute, Full, at_least, fixed_angles, sees_part
 from lclm.cache.step import Step
 from lclm.errors import LclmError
 from lclm.ops.codes import check_bits
@@ -117,9 +126,10 @@ class Evicting(Absolute):
         """Slots for what was kept of `read` tokens, and all that follows."""
         return min(share, self.read) + max(length - self.read, 0)
 
+    def over(self, layer: Layer) -> CachePolicy:
+        return Full(bits=self.bits) if sees_part(layer, self.budget) else self
+
     def groups(self, layer: Layer, length: int) -> tuple[HeadGroup, ...]:
-        if sees_less(layer, self.budget):
-            return Full(bits=self.bits).groups(layer, length)
         if self.at != "kept" or not self.ada:
             return super().groups(layer, length)
         out, first = [], 0  # heads here are places in the order of demand
@@ -134,8 +144,6 @@ class Evicting(Absolute):
         return by_head.classes(layer.spec.kv_heads, share, self.ada)
 
     def init(self, layer: Layer, batch: int, length: int, dtype) -> Cache:
-        if sees_less(layer, self.budget):
-            return Full(bits=self.bits).init(layer, batch, length, dtype)
         fixed_angles(type(self).__name__.lower(), layer)
         cache = super().init(layer, batch, length, dtype)
         if self.at == "kept":
@@ -170,8 +178,6 @@ class Evicting(Absolute):
         layer: Layer,
         sink: Array | None = None,
     ) -> tuple[Array, Cache]:
-        if sees_less(layer, self.budget):
-            return Full(bits=self.bits).attend(cache, heads, step, layer, sink)
         if self.at == "kept":
             return self._keep(cache, heads, step, layer, sink)
         out, evidence, new = self.look(cache, heads, step, layer, sink, self.needs)
@@ -244,16 +250,12 @@ class Evicting(Absolute):
         return Cache((kv,), {"score": score, **notes})
 
     def lasting(self, layer: Layer) -> tuple[int, ...]:
-        if sees_less(layer, self.budget):
-            return Full().lasting(layer)
         if self.at == "chunk":
             return ()
         return tuple(range(len(self.groups(layer, self.read))))
 
     def settle(self, cache: Cache, layer: Layer, read: int) -> Cache:
         """Cut a prompt that was kept whole to the budget (at="end")."""
-        if sees_less(layer, self.budget):
-            return cache
         (kv,), notes = cache.groups, dict(cache.extra)
         score, notes = self.rate(kv, notes.pop("score"), notes, layer)
         count = jnp.sum(kv.pos[:, 0] >= 0, -1, dtype=jnp.int32)

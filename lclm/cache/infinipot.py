@@ -9,8 +9,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from lclm.cache import read, write
-from lclm.cache.base import KV, Cache, Evidence, Heads, Layer, Needs, Overflow
-from lclm.cache.policies import Absolute, Full, at_least, fixed_angles, sees_less
+from lclm.cache.base import (
+    KV,
+    Cache,
+    CachePolicy,
+    Evidence,
+    Heads,
+    Layer,
+    Needs,
+    Overflow,
+)
+from lclm.cache.policies import Absolute, Full, at_least, fixed_angles, sees_part
 from lclm.cache.step import Step
 from lclm.config import ModelConfig, RopeSpec
 from lclm.errors import LclmError
@@ -152,14 +161,10 @@ class InfiniPot(Absolute):
     def capacity(self, layer: Layer, length: int) -> int:
         return min(self.budget, length)
 
-    def groups(self, layer, length):
-        if sees_less(layer, self.budget):
-            return Full(bits=self.bits).groups(layer, length)
-        return super().groups(layer, length)
+    def over(self, layer: Layer) -> CachePolicy:
+        return Full(bits=self.bits) if sees_part(layer, self.budget) else self
 
     def init(self, layer: Layer, batch: int, length: int, dtype: Any) -> Cache:
-        if sees_less(layer, self.budget):
-            return Full(bits=self.bits).init(layer, batch, length, dtype)
         fixed_angles("infinipot", layer)
         (kv,) = super().init(layer, batch, length, dtype).groups
         extra = {"shift": jnp.zeros(batch, jnp.int32)}
@@ -176,9 +181,6 @@ class InfiniPot(Absolute):
         sink: Array | None = None,
     ) -> tuple[Array, Cache]:
         """Attend at the places of the pot, then append (or only weigh)."""
-        if sees_less(layer, self.budget):
-            out, after = Full(bits=self.bits).attend(cache, heads, step, layer, sink)
-            return out, cache if step.weigh else after
         step = step.earlier(cache.extra["shift"])
         if step.weigh:
             out, mass = self._mass(cache, heads, step, layer, sink)
@@ -210,8 +212,6 @@ class InfiniPot(Absolute):
 
     def compact(self, cache: Cache, layer: Layer) -> Cache:
         """Keep `distilled` tokens a head, in order, at the first places."""
-        if sees_less(layer, self.budget):
-            return cache
         (kv,), extra = cache.groups, dict(cache.extra)
         score = extra.pop("score", jnp.zeros(kv.k.shape[:3], jnp.float32))
         index = jnp.maximum(self._chosen(kv, score, extra.get("novelty")), 0)

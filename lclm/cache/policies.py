@@ -31,10 +31,12 @@ def fixed_angles(name: str, layer: Layer) -> None:
         )
 
 
-def sees_less(layer: Layer, budget: int) -> bool:
-    """Whether a layer sees no more than `budget` tokens, or a pattern, by itself."""
+def sees_part(layer: Layer, budget: int | None = None) -> bool:
+    """Whether a layer by itself sees a pattern or a window (of at most `budget`)."""
     spec = layer.spec
-    return spec.static or (spec.window is not None and spec.window <= budget)
+    if spec.window is None or spec.static:
+        return spec.static
+    return budget is None or spec.window <= budget
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,10 @@ class Full(Absolute):
         return HeadGroup(recent.heads, layer.spec.sinks), recent
 
     def attend(self, cache, heads, step, layer, sink=None):
-        if layer.spec.sinks:
-            return read.sinks_and_band(cache, heads, step, layer, sink)
-        return super().attend(cache, heads, step, layer, sink)
+        if not layer.spec.sinks:
+            return super().attend(cache, heads, step, layer, sink)
+        out, after = read.sinks_and_band(cache, heads, step, layer, sink)
+        return out, cache if step.weigh else after
 
     def lasting(self, layer: Layer) -> tuple[int, ...]:
         return () if layer.spec.sinks or layer.spec.window is not None else (0,)

@@ -9,7 +9,7 @@ from jax import lax
 
 from lclm.cache import read, write
 from lclm.cache.base import KV, Cache, CachePolicy, HeadGroup, Heads, Layer, empty
-from lclm.cache.policies import Full, at_least, fixed_angles
+from lclm.cache.policies import Full, at_least, fixed_angles, sees_part
 from lclm.cache.step import Step
 from lclm.errors import LclmError
 from lclm.ops import codes
@@ -53,9 +53,10 @@ class Quantised(CachePolicy):
         """How many of so many tokens are packed."""
         return jnp.maximum(tokens - self.residual, 0) // self.group * self.group
 
+    def over(self, layer: Layer) -> CachePolicy:
+        return Full() if sees_part(layer) else self
+
     def groups(self, layer: Layer, length: int) -> tuple[HeadGroup, ...]:
-        if _own(layer):
-            return Full().groups(layer, length)
         heads = tuple(range(layer.spec.kv_heads))
         old = max(length - self.residual, 0) // self.group * self.group
         recent = min(length, self.residual + self.group)
@@ -63,8 +64,6 @@ class Quantised(CachePolicy):
 
     def init(self, layer: Layer, batch: int, length: int, dtype: Any) -> Cache:
         spec = layer.spec
-        if _own(layer):
-            return Full().init(layer, batch, length, dtype)
         fixed_angles("quantised", layer)
         old, recent = self.groups(layer, length)
         shape = (batch, spec.kv_heads, old.capacity, spec.head_dim)
@@ -84,8 +83,6 @@ class Quantised(CachePolicy):
         sink: Array | None = None,
     ) -> tuple[Array, Cache]:
         """Packed tokens, the last ones and the call itself, merged."""
-        if _own(layer):
-            return Full().attend(cache, heads, step, layer, sink)
         old, recent = cache.groups
         q = step.rotate(heads.q, layer.spec.rope)
         new = read.new_tokens(heads, step, layer)
@@ -99,7 +96,7 @@ class Quantised(CachePolicy):
         return out, self._write(cache, new, step.after(out))
 
     def lasting(self, layer: Layer) -> tuple[int, ...]:
-        return Full().lasting(layer) if _own(layer) else (0,)
+        return (0,)
 
     def _write(self, cache: Cache, new: KV, step: Step) -> Cache:
         """Pack the groups that a call's tokens push out of the residual."""
@@ -128,8 +125,3 @@ class Quantised(CachePolicy):
         taken = write.take(write.per_head(source), index)
         pos = jnp.where(at < end, at, -1)[:, None]
         return write.behind(old, dataclasses.replace(taken, pos=pos), first)
-
-
-def _own(layer: Layer) -> bool:
-    """Whether a layer sees a part of the past by itself."""
-    return layer.spec.static or layer.spec.window is not None

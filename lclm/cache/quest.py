@@ -6,16 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from lclm.cache import read, write
-from lclm.cache.base import (
-    KV,
-    Cache,
-    CachePolicy,
-    HeadGroup,
-    Heads,
-    Layer,
-    Needs,
-)
-from lclm.cache.policies import Full, at_least
+from lclm.cache.base import KV, Cache, CachePolicy, Heads, Layer, Needs
+from lclm.cache.policies import Full, at_least, sees_part
 from lclm.cache.step import Step
 from lclm.errors import LclmError
 from lclm.ops.codes import Codes, check_bits
@@ -101,14 +93,11 @@ class Quest(CachePolicy):
         """Slots for whole pages."""
         return -(-length // self.page) * self.page
 
-    def groups(self, layer: Layer, length: int) -> tuple[HeadGroup, ...]:
-        if self._foreign(layer):
-            return Full(bits=self.bits).groups(layer, length)
-        return super().groups(layer, length)
+    def over(self, layer: Layer) -> CachePolicy:
+        whole = layer.rank < self.dense or sees_part(layer)
+        return Full(bits=self.bits) if whole else self
 
     def init(self, layer: Layer, batch: int, length: int, dtype: Any) -> Cache:
-        if self._foreign(layer):
-            return Full(bits=self.bits).init(layer, batch, length, dtype)
         if layer.spec.rope is not None and layer.spec.rope.dynamic:
             raise LclmError(
                 f"quest with RoPE type {layer.spec.rope.kind!r}: its angles change "
@@ -135,8 +124,6 @@ class Quest(CachePolicy):
         is written first would be copied. Several are written first, for a page that one
         of them ends is open to those behind it.
         """
-        if "bounds" not in cache.extra:
-            return Full(bits=self.bits).attend(cache, heads, step, layer, sink)
         one = heads.q.shape[1] == 1
         if self.prefill == "dense" and not one:
             out, _, new = read.absolute(cache, heads, step, layer, sink, Needs())
@@ -155,8 +142,6 @@ class Quest(CachePolicy):
         return read.combine([part], sink)[0], cache
 
     def lasting(self, layer: Layer) -> tuple[int | str, ...]:
-        if self._foreign(layer):
-            return Full().lasting(layer)
         return 0, "bounds"
 
     def _paged(
@@ -191,11 +176,6 @@ class Quest(CachePolicy):
         if not self.bits:
             return new
         return KV(kv.k.encode(new.k), kv.v.encode(new.v), new.pos)
-
-    def _foreign(self, layer: Layer) -> bool:
-        """Whether a layer reads all it sees: an early one, or one with its own mask."""
-        spec = layer.spec
-        return layer.rank < self.dense or spec.static or spec.window is not None
 
 
 def _opened(new: KV, dtype: Any) -> KV:

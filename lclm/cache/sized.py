@@ -92,7 +92,7 @@ class Sized(CachePolicy):
             if made.settles:
                 made = made.settled(length)
             caches = jax.eval_shape(
-                lambda: [made.init(layer, 1, length, dtype) for layer in layers]
+                lambda: [made.over(x).init(x, 1, length, dtype) for x in layers]
             )
             return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
 

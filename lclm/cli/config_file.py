@@ -4,9 +4,12 @@ import ast
 import importlib.util
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lclm.errors import LclmError, did_you_mean
+
+if TYPE_CHECKING:
+    from lclm.train.config import Mesh
 
 
 def read_config(spec: str) -> Any:
@@ -26,6 +29,23 @@ def read_config(spec: str) -> Any:
     if "data" not in shared:
         raise LclmError(f"{spec}: data is {data!r}, a config without `data`")
     return {**_plain(config), "data": _plain(shared["data"])}
+
+
+def read_mesh(text: str) -> "Mesh":
+    """`fsdp=4,context_ring=4` as a mesh. Raises LclmError for what it does not know."""
+    from lclm.config import from_dict
+    from lclm.train.config import Mesh
+
+    sizes: dict[str, Any] = {}
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise LclmError(f"mesh {text!r}: {part!r} is not AXIS=SIZE, as in fsdp=8")
+        try:
+            sizes[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            sizes[key] = value
+    return from_dict(Mesh, sizes)
 
 
 def _plain(config: Any) -> Any:

@@ -1,19 +1,18 @@
 """`lclm plan --config=FILE --topology=v5e:16x16`: a train step compiled in advance."""
 
-import ast
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from lclm.cli.config_file import read_config
+from lclm.cli.config_file import read_config, read_mesh
 from lclm.errors import LclmError
 
 if TYPE_CHECKING:
     from lclm.train.ahead import Ahead
-    from lclm.train.config import Mesh, TrainConfig
+    from lclm.train.config import TrainConfig
 
 REST = "fsdp=-1"  # how many devices share a run that does not say it
 
@@ -70,23 +69,6 @@ def plan_run(
             f"one device needs {format_bytes(found.held + found.temporary)} and has "
             f"{format_bytes(chip.memory)}. {ahead.SMALLER}"
         )
-
-
-def read_mesh(text: str) -> "Mesh":
-    """`fsdp=4,context_ring=4` as a mesh. Raises LclmError for what it does not know."""
-    from lclm.config import from_dict
-    from lclm.train.config import Mesh
-
-    sizes: dict[str, Any] = {}
-    for part in text.split(","):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise LclmError(f"mesh {text!r}: {part!r} is not AXIS=SIZE, as in fsdp=8")
-        try:
-            sizes[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            sizes[key] = value
-    return from_dict(Mesh, sizes)
 
 
 def _table(run: "TrainConfig", topology: str, found: "Ahead", seconds: float) -> Table:

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 
 from lclm.cli import options
-from lclm.cli.config_file import read_config
+from lclm.cli.config_file import read_config, read_mesh
 from lclm.cli.workdir import check_folder, check_same, set_aside
 from lclm.data.fetch import write_atomic
 from lclm.errors import LclmError
@@ -47,13 +47,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--until", type=options.positive, metavar="STEP", help="stop after this step"
     )
+    parser.add_argument(
+        "--mesh", metavar="AXIS=SIZE,...", help="in place of the config's: fsdp=8"
+    )
     args = parser.parse_args(argv)
     from lclm import processes
     from lclm.train.stop import Stopped
 
     processes.join()
+    names = ("workdir", "restart", "until", "mesh")
     try:
-        run(args.config, workdir=args.workdir, restart=args.restart, until=args.until)
+        run(args.config, **{name: getattr(args, name) for name in names})
     except Stopped as stop:
         again = " ".join(["lclm train", *(a for a in argv if a != "--restart")])
         print(f"lclm: {stop}; to go on: {again}", file=sys.stderr)
@@ -67,6 +71,7 @@ def run(
     workdir: str | Path | None = None,
     restart: bool = False,
     until: int | None = None,
+    mesh: str | None = None,
     console: Console | None = None,
 ) -> Path:
     """Train the run of `config` and return the folder of the trained model.
@@ -75,6 +80,7 @@ def run(
     checkpoints/, loss.png, model/, and hf/ and sample.txt where asked for. An
     unfinished run of the same config that is there is resumed, a finished one only
     named; `restart` renames what is there. `until` ends this sitting after that step.
+    `mesh` (`fsdp=4,context_ring=2`) stands in for that of the config.
 
     Raises:
       LclmError: the config, the model, the data or the folder is at fault; nothing is
@@ -82,10 +88,12 @@ def run(
       Stopped: SIGTERM, Ctrl-C or `until`; a checkpoint is written.
     """
     from lclm import processes
-    from lclm.train.config import train_config
+    from lclm.train.config import replace, train_config
 
     console = console or Console(quiet=not processes.first())
     run = train_config(read_config(config))
+    if mesh is not None:
+        run = replace(run, mesh=read_mesh(mesh))
     folder = check_folder(Path(workdir) if workdir else Path("runs") / run.name)
     if not restart:
         check_same(folder, run)

@@ -12,7 +12,7 @@ from lclm.attention.context import Context
 from lclm.blocks.attention import matrix
 from lclm.blocks.layer import DecoderLayer
 from lclm.blocks.norms import apply_final_norm, final_norm
-from lclm.cache.base import CachePolicy
+from lclm.cache.base import CachePolicy, layers_of
 from lclm.cache.step import Step, make_step
 from lclm.config import LayerSpec, ModelConfig, Run
 from lclm.models.remat import NO_REMAT, RematSpec
@@ -139,12 +139,15 @@ class Decoder(nn.Module):
     ) -> tuple[Array, Caches | None]:
         new = []
         layer_class = self.remat.wrap(gathered(DecoderLayer))
+        policies = {}
+        if self.policy is not None:
+            policies = {x.index: self.policy.over(x) for x in layers_of(self.config)}
         for i, spec in enumerate(self.config.layers):
             layer = layer_class(
                 spec,
                 self.config.width,
                 i,
-                self.policy,
+                policies.get(i),
                 self.dtype,
                 name=f"layers_{i}",
             )

@@ -8,16 +8,19 @@ import jax
 
 from lclm.errors import LclmError, unknown
 
-# Arrays that the blocks and the attention operation name with `checkpoint_name`: the
-# input of each layer, attention's output and log-sum-exp, and projections by their own
-# names (of attention, of the gated feed-forward, of recurrent mixers).
+# Arrays that the blocks and the operations name with `checkpoint_name`: the input of
+# each layer, attention's output and log-sum-exp, outputs and some states of scans, and
+# projections by their own names (of attention, of the gated feed-forward, of recurrent
+# mixers).
 ATTENTION = ("attention_out", "attention_lse")
+SCANS = ("scan_out", "scan_states")
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down", "in", "x", "out")
-NAMES = ("layer_input", *ATTENTION, *PROJECTIONS)
+NAMES = ("layer_input", *ATTENTION, *SCANS, *PROJECTIONS)
 
 # Preset -> (kept, offloaded).
 PRESETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "none": (NAMES, ()),
+    "products": ((*ATTENTION, *SCANS, *PROJECTIONS), ()),
     "full": ((), ()),
     "attention": (ATTENTION, ()),
     "attention_offload": (ATTENTION, ("layer_input",)),
@@ -29,11 +32,13 @@ PRESETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 class RematSpec:
     """A preset of what is kept between the passes, and changes to it by name.
 
-    "none" keeps everything; "full" keeps the input of each layer (of each group where
-    groups are scanned) and computes the rest again; "attention" keeps attention's
-    outputs and log-sum-exp beside it, whose recomputation would cost T^2;
-    "attention_offload" is that with the inputs in the host's memory, "offload" with all
-    three there. `save` and `offload` say it for further arrays of `NAMES`.
+    "none" keeps everything; "products" keeps what projections, attention and scans
+    gave, and does norms, activations and rotations again; "full" keeps the input of
+    each layer (of each group where groups are scanned) and computes the rest again;
+    "attention" keeps attention's outputs and log-sum-exp beside it, whose recomputation
+    would cost T^2; "attention_offload" is that with the inputs in the host's memory,
+    "offload" with all three there. `save` and `offload` say it for further arrays of
+    `NAMES`.
     """
 
     kind: str = "none"

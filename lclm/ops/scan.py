@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lclm.errors import LclmError
 from lclm.ops.precision import wide_dtype
@@ -133,7 +134,9 @@ def _forward(x, raw, a, b, c, state, positions):
     tokens = _tokens(x, raw, b, c, positions)
     end, (starts, y) = lax.scan(block, state, _blocks(tokens))
     y = y.reshape(-1, *y.shape[2:])[: x.shape[1]]
-    return (jnp.swapaxes(y, 0, 1), end), (x, raw, a, b, c, positions, starts)
+    y = checkpoint_name(jnp.swapaxes(y, 0, 1), "scan_out")
+    starts = checkpoint_name(starts, "scan_states")
+    return (y, end), (x, raw, a, b, c, positions, starts)
 
 
 def _backward(kept, ct):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lclm.errors import LclmError
 from lclm.ops.precision import wide_dtype
@@ -158,6 +159,8 @@ def _forward(chunks, a, state):
         return after, (y, state)
 
     final, (y, entered) = _over(chunk, state, chunks)
+    y = checkpoint_name(y, "scan_out")
+    entered = checkpoint_name(entered, "scan_states")
     return (y, final), (chunks, a, entered)
 
 

@@ -160,9 +160,11 @@ def _losses(weights, hidden, targets, how: How) -> Array:
 def _observe(caches, own, positions, how: How):
     """Tell the policy the loss of each token at `positions`; a row's first has none."""
     own = jnp.where(positions > 0, own, 0.0)
-    return each_cache(
-        how.config, caches, lambda cache, _: how.policy.observe(cache, own, positions)
-    )
+
+    def told(cache: Cache, layer: Layer) -> Cache:
+        return how.policy.over(layer).observe(cache, own, positions)
+
+    return each_cache(how.config, caches, told)
 
 
 @functools.partial(jax.jit, static_argnames="how", donate_argnames="caches")
@@ -174,7 +176,7 @@ def overflow(weights, caches, full, chunk: Chunk, *, how: How):
         _, weighed = _forward(weights, caches, chunk, how, weigh=True)
 
     def changed(cache: Cache, layer: Layer) -> Cache:
-        made = how.policy.compact(weighed[layer.index], layer)
+        made = how.policy.over(layer).compact(weighed[layer.index], layer)
         if len(full) == 1:
             return made
         return jax.tree.map(
@@ -191,9 +193,11 @@ def overflow(weights, caches, full, chunk: Chunk, *, how: How):
 @functools.partial(jax.jit, static_argnames=("how", "read"))
 def settle(caches, *, how: How, read: int):
     """Cut caches that hold prompts of up to `read` tokens whole."""
-    return each_cache(
-        how.config, caches, lambda cache, layer: how.policy.settle(cache, layer, read)
-    )
+
+    def cut(cache: Cache, layer: Layer) -> Cache:
+        return how.policy.over(layer).settle(cache, layer, read)
+
+    return each_cache(how.config, caches, cut)
 
 
 @functools.partial(

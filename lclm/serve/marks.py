@@ -71,7 +71,7 @@ def kept(
     """Copies of what later calls overwrite, and positions where they only add."""
 
     def part(cache: Cache, layer: Layer) -> Cache:
-        lasting = policy.lasting(layer)
+        lasting = policy.over(layer).lasting(layer)
         groups = (
             KV(None, None, kv.pos) if i in lasting else kv
             for i, kv in enumerate(cache.groups)
@@ -91,7 +91,7 @@ def back(
     """
 
     def whole(held: Cache, layer: Layer) -> Cache:
-        now, lasting = states[layer.index], policy.lasting(layer)
+        now, lasting = states[layer.index], policy.over(layer).lasting(layer)
         groups = (
             KV(own.k, own.v, _widened(kv.pos, own.pos)) if i in lasting else kv
             for i, (kv, own) in enumerate(zip(held.groups, now.groups, strict=True))

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -60,6 +61,8 @@ def scan(interpret, x, dt, a, b, c, state, keep):
 
 def _saving(interpret, x, dt, a, b, c, state, keep):
     y, end, starts = _run_forward(interpret, x, dt, a, b, c, state, keep, saves=True)
+    y = checkpoint_name(y, "scan_out")
+    starts = checkpoint_name(starts, "scan_states")
     return (y, end), (x, dt, a, b, c, keep, starts)
 
 

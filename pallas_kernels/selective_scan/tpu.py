@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -52,6 +53,8 @@ def _saving(interpret, x, dt, a, b, c, state, keep):
     y, end, starts = _run_forward(
         interpret, x, dt, a, b, c, state, keep, BACKWARD, True
     )
+    y = checkpoint_name(y, "scan_out")
+    starts = checkpoint_name(starts, "scan_states")
     return (y, end), (x, dt, a, b, c, keep, starts)
 
 

@@ -139,7 +139,7 @@ def seen(session: Session) -> list[np.ndarray]:
             for x in jax.tree.leaves((kv.k, kv.v)):
                 every = max(1, kv.k.shape[2] // max(1, x.shape[2]))
                 found.append(jnp.where(kv.pos[:, :, ::every, None] >= 0, x, 0))
-        lasting = session.policy.lasting(layer)
+        lasting = session.policy.over(layer).lasting(layer)
         found += [cache.extra[name] for name in sorted({*cache.extra} - {*lasting})]
     return [np.asarray(x) for x in found if x is not None]
 

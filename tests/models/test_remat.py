@@ -53,6 +53,8 @@ def test_gradients_are_those_of_keeping_everything_bit_for_bit(remat, params, wa
     [
         (RematSpec("full"), 0, 0),
         (RematSpec("attention"), 4, 0),  # outputs, log-sum-exps
+        # q, k, v, o, gate, up beside them
+        (RematSpec("products"), 2 * (2 + 6), 0),
         (RematSpec("attention_offload"), 4, 2),
         (RematSpec("offload"), 0, 2 + 2 + 2),  # inputs, outputs, log-sum-exps
         (RematSpec("full", save=("gate", "up")), 4, 0),

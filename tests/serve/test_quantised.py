@@ -87,7 +87,7 @@ def test_tokens_before_a_call_are_read_as_codes_and_its_own_as_they_are(chunk):
     np.testing.assert_allclose(got, reference(lambda n: n, k, v, chunk), atol=2e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 7])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_quantised_codes_keys_by_channel_values_by_token_behind_a_residual(chunk):
     kv, most = stored(), (LENGTH - 8) // 4 * 4
     k = decoded(kv.k[:, :, :most], 2, (4, 1))

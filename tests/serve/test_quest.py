@@ -164,7 +164,7 @@ def test_what_was_read_behind_a_copy_leaves_the_copy_as_it_was():
 def test_early_layers_and_those_with_a_mask_of_their_own_are_read_whole(rank, spec):
     heads, policy = random_heads(), dataclasses.replace(SMALL, dense=1)
     layer = Layer(0, spec, layer_mask(spec) if spec.static else None, rank, 2)
-    got, cache = run(policy, heads, 7, layer)
+    got, cache = run(policy.over(layer), heads, 7, layer)
     want, full = run(Full(), heads, 7, layer)
     np.testing.assert_array_equal(got[0], want[0])
     assert measured_bytes(cache) == measured_bytes(full)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
-from lclm.cli.pod import read_mesh
+from lclm.cli.config_file import read_mesh
 from lclm.errors import LclmError
 from lclm.models.presets import preset
 from lclm.ops import linear

@@ -38,12 +38,12 @@ for rows in (batch(), {k: v[own] for k, v in batch().items()}):  # all rows, its
 """
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(6000))
 CONFIG = """
-def get_config(mesh=0):
+def get_config():
     return dict(
         name="tiny", data=dict(source="local:path=TEXT"), steps=4, batch=4, length=32,
         model=dict(source="tiny-bytes", scratch=True, tokenizer="bytes"), log_every=1,
         compute="float32", optimizer=dict(lr=3e-3, warmup=2), checkpoints=dict(every=2),
-        mesh=dict(fsdp=mesh) if mesh else None, sample=dict(prompt="ab", tokens=4),
+        sample=dict(prompt="ab", tokens=4),
         holdout=dict(source="local:path=TEXT"), eval_every=4, eval_batches=1,
     )
 """
@@ -106,7 +106,7 @@ def test_two_processes_train_one_run_and_one_of_them_writes_it(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     config = tmp_path / "tiny.py"
     config.write_text(CONFIG.replace("TEXT", str(tmp_path / "text.txt")))
-    command = ["-m", "lclm.cli", "train", f"--config={config}:mesh=2"]
+    command = ["-m", "lclm.cli", "train", f"--config={config}", "--mesh=fsdp=2"]
     command += [f"--workdir={tmp_path / 'two'}"]
     first = in_two(*command, "--until", "2", devices=1)
     assert "training" in first[0] and "training" not in first[1]
