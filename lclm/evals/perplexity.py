@@ -29,6 +29,8 @@ from lclm.evals.base import (
     to_csv,
 )
 from lclm.evals.curves import buckets, even_edges, log_edges
+from lclm.evals.key_tokens import KeyTokens
+from lclm.evals.sliding import check_window, exp, slide
 
 LOG2 = math.log(2.0)
 
@@ -81,7 +83,8 @@ class Perplexity:
 
     A model that wants a start token gets it as the first of the `length` tokens.
     `splits` are the positions where the table's columns part (8192: before and past
-    8k); `bucket` is the width in tokens of the points of the figure.
+    8k); `bucket` is the width in tokens of the points of the figure. `keys`: every
+    reading also tells LongPPL, its perplexity of the tokens that need the long context.
     """
 
     readings: tuple[Reading, ...] = (Reading(),)
@@ -90,6 +93,7 @@ class Perplexity:
     documents: int = 1
     splits: tuple[int, ...] = ()
     bucket: int = 256
+    keys: KeyTokens | None = None
 
     SCOPE: ClassVar = ("source", "length", "documents", "splits", "bucket")
 
@@ -113,21 +117,44 @@ class Perplexity:
         for reading in self.readings:
             length = min(reading.length or self.length, self.length)
             for document in range(self.documents):
-                key = dict(
-                    task="perplexity",
-                    length=length,
-                    depth=None,
-                    seed=document,
-                    cache=reading.name,
-                )
+                key = self._key("perplexity", length, document, reading.name)
                 record = journal.find(**key)
                 if record is None:
                     pieces = self.pieces(lm) if pieces is None else pieces
-                    piece = pieces[document : document + 1, :length]
-                    found = self._measure(lm, reading, piece, observe)
+                    piece = pieces[document : document + 1]
+                    chosen = self._chosen(lm, document, piece, journal, observe)
+                    found = self._measure(
+                        lm, reading, piece[:, :length], chosen, observe
+                    )
                     record = journal.add({**key, **found})
                 records.append(record)
         return records
+
+    def _key(self, task: str, length: int, document: int, cache: str) -> Record:
+        key = dict(task=task, length=length, depth=None, seed=document, cache=cache)
+        return key if self.keys is None else {**key, "strategy": self.keys.name}
+
+    def _chosen(
+        self,
+        lm: LanguageModel,
+        document: int,
+        tokens: np.ndarray,
+        journal: Journal,
+        observe: Observe,
+    ) -> list[int] | None:
+        """Positions of a document's key tokens; None where nobody asks for them."""
+        if self.keys is None:
+            return None
+        key = self._key("key_tokens", self.length, document, "full")
+        record = journal.find(**key)
+        if record is None:
+
+            def progress(done: int) -> None:
+                observe("key tokens", done, self.length)
+
+            found = self.keys.find(lm.nll, tokens, progress).tolist()
+            record = journal.add({**key, "positions": found})
+        return record["positions"]
 
     def pieces(self, lm: LanguageModel) -> Int[np.ndarray, "documents length"]:
         """The token ids of every document, consecutive pieces of the source."""
@@ -145,7 +172,12 @@ class Perplexity:
         return np.concatenate([starts, pieces], axis=1)
 
     def _measure(
-        self, lm: LanguageModel, reading: Reading, tokens: np.ndarray, observe: Observe
+        self,
+        lm: LanguageModel,
+        reading: Reading,
+        tokens: np.ndarray,
+        chosen: list[int] | None,
+        observe: Observe,
     ) -> Record:
         length = tokens.shape[1]
         pace = Pace()
@@ -178,6 +210,10 @@ class Perplexity:
             f"{reading.cache!r} is not finite: the weights or their precision are at "
             "fault; try dtype float32",
         )
+        if chosen is not None:
+            of = nll[0, [p - 1 for p in chosen if p < length]]
+            extra |= {"key_nll": float(of.mean()) if of.size else None}
+            extra |= {"key_tokens": int(of.size)}
         text = lm.tokenizer.decode([int(t) for t in tokens[0, 1:]])
         return {
             **score(nll, text),
@@ -204,7 +240,8 @@ class Perplexity:
             mine = [r for r in its if r["cache"] == reading.name]
             if mine:
                 name = row_name(model, reading.title, len(self.readings))
-                rows.append(_row(name, mine, spans))
+                more = () if self.keys is None else (_long_ppl(mine),)
+                rows.append((*_row(name, mine, spans), *more))
                 curves[name] = _mean_curve([r["curve"] for r in mine])
         first = "cache" if set(models) <= {""} else "model"
         columns = (
@@ -214,12 +251,18 @@ class Perplexity:
             "bits/byte",
             "peak cache",
             "tokens/s",
+            *(() if self.keys is None else ("LongPPL",)),
         )
         note = (
             f"{self.documents} x {self.length:,} tokens of {self.source}; ppl is "
             "perplexity at those positions; tokens/s leaves out the first chunk, which "
             "compiles."
         )
+        if self.keys is not None:
+            note += (
+                f" LongPPL: of the tokens (in brackets) that full attention predicts "
+                f"{self.keys.gain} nats better than a context of {self.keys.short:,}."
+            )
         panel = Panel(f"Perplexity by {first}", columns, tuple(rows), note)
         header = (first, "bucket_start", "bucket_end", "nll", "count", "low", "high")
         lines = [(f'"{title}"', *point) for title, c in curves.items() for point in c]
@@ -229,64 +272,6 @@ class Perplexity:
             {"loss_by_position.png": png} if png else {},
             {"loss_by_position.csv": to_csv(header, lines)},
         )
-
-
-def check_window(window: int, stride: int) -> None:
-    """Every token must be scored, and each window must see what it scores."""
-    require(window >= 2, f"window is {window}; it must be at least 2 tokens")
-    require(
-        1 <= stride < window,
-        f"stride is {stride}; allowed is 1 to {window - 1} (window - 1), so that "
-        "every scored token has context",
-    )
-
-
-@dataclass(frozen=True)
-class Sliding:
-    """Per-token losses of a sliding evaluation, and the mean of each window."""
-
-    nll: Float[np.ndarray, "1 targets"]
-    window_means: tuple[float, ...]
-
-    def perplexity(self, compat: str = "token") -> float:
-        """`token`: exp of the token-weighted mean; `yarn`: of the mean of window means.
-
-        The second (arXiv 2309.00071's script) gives the first, full window the weight
-        of one short stride.
-        """
-        means = {
-            "token": float(np.mean(self.nll, dtype=np.float64)),
-            "yarn": float(np.mean(self.window_means)),
-        }
-        require(compat in means, f"compat is {compat!r}; allowed are {list(means)}")
-        return exp(means[compat])
-
-
-def slide(nll_of, tokens, *, window: int, stride: int, progress=None) -> Sliding:
-    """Windows at 0, stride, 2 stride, ... of at most `window` tokens of int [1, T].
-
-    `nll_of` maps int [1, W] to float [1, W - 1]. Each target counts once, in the
-    first window that reaches it, with all the context that window has.
-    """
-    check_window(window, stride)
-    length = tokens.shape[1]
-    parts, means, scored = [], [], 1
-    for start in range(0, length, stride):
-        end = min(start + window, length)
-        nll = np.asarray(nll_of(tokens[:, start:end]))
-        parts.append(nll[:, scored - start - 1 :])
-        means.append(float(parts[-1].mean(dtype=np.float64)))
-        scored = end
-        if progress is not None:
-            progress(end)
-        if end == length:
-            break
-    return Sliding(np.concatenate(parts, axis=1), tuple(means))
-
-
-def exp(mean: float) -> float:
-    """Perplexity of a mean loss in nats, held below the largest double."""
-    return math.exp(min(mean, 700.0))
 
 
 def score(nll: Float[np.ndarray, "documents targets"], text: str) -> Record:
@@ -350,6 +335,15 @@ def _row(title: str, records: list[Record], spans: list) -> tuple[str, ...]:
         show_bytes(max(r["cache_bytes"] for r in records)),
         show(mean("tokens_per_second"), ",.0f"),
     )
+
+
+def _long_ppl(records: list[Record]) -> str:
+    """Perplexity of the key tokens of all documents, and how many they are."""
+    parts = [(r["key_nll"], r["key_tokens"]) for r in records if r["key_tokens"]]
+    count = sum(n for _, n in parts)
+    if not count:
+        return "- (0)"
+    return f"{show(exp(sum(nll * n for nll, n in parts) / count))} ({count:,})"
 
 
 def _mean_curve(curves: list[list]) -> list[list[float | int]]:

@@ -17,7 +17,8 @@ from pallas_kernels.mask import EMPTY, FULL, Mask
 _CELLS = 1 << 24  # largest base map
 _BASE = 64  # queries and keys of a cell of the base map
 _PACKED = 4  # cells along a tile's queries in packed rows, where rows are short
-_TILE = 3 << 19  # most pairs in a tile, all its heads counted
+_TILE = 3 << 19  # most pairs in a tile of several kv heads, all heads counted
+SMALL_TILE = 3 << 18  # most pairs in any tile of a backward pass, which holds 3 arrays
 # Microseconds, measured on two CPU cores: a tile of any size, a pair, what masking adds
 # to it, and loading and storing one row of queries. Packing keys for a product costs as
 # much as `_PACK` more rows, adding to the numerator as `_ADD` more keys.
@@ -69,11 +70,13 @@ def plan(
     group: int,
     kv_heads: int,
     packed: bool = False,
+    tile: int | None = None,
 ) -> Plan:
     """The cheapest plan for a head-independent mask.
 
     `group` query heads share each of `kv_heads` key/value heads. `packed`: segment ids
-    will hide more; tiles are small enough that many of them can be passed over.
+    will hide more; tiles are small enough that many of them can be passed over. `tile`:
+    most pairs of a tile where a smaller one exists, its query heads counted.
     """
     base, seen, full = _base_map(mask, T, S, offset)
     best, sizes = np.inf, None
@@ -91,7 +94,9 @@ def plan(
             for narrow in sorted({n for n in (1, 2, 4, 8, longest) if n <= longest}):
                 tiles = int((-(-runs // narrow)).sum())
                 pairs = base * base * max(sub * narrow, factor * wide)
-                for batch in _batches(kv_heads, group * pairs):
+                if tile is not None and group * pairs > max(tile, group * base * base):
+                    continue
+                for batch in _batches(kv_heads, group * pairs, tile or _TILE):
                     price = len(starts) * _price(group, batch, base, factor, wide)
                     price += tiles * _price(group, batch, base, sub, narrow, _MASK)
                     price = price / batch + len(seen) * base * group * _ROW
@@ -109,9 +114,9 @@ def _price(group, batch, base, rows, width, mask=0.0) -> float:
     return _STEP + batch * rows * width * pair
 
 
-def _batches(kv_heads: int, tile: int) -> list[int]:
+def _batches(kv_heads: int, pairs: int, most: int) -> list[int]:
     sizes = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
-    return [n for n in sizes if n == 1 or n * tile <= _TILE]
+    return [n for n in sizes if n == 1 or n * pairs <= most]
 
 
 def _base_map(mask: Mask, T: int, S: int, offset: int):

@@ -15,6 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention import xla
+from pallas_kernels.attention.plan import SMALL_TILE
 from pallas_kernels.attention.spec import Spec, corner, wide, wide_dtype
 
 
@@ -99,7 +100,7 @@ def gradients(tiles: Callable, spec: Spec, saved, cotangents):
 
 
 def _backward_class(spec, q, k, v, segments, d_out, lse, delta):
-    tiling = xla.Tiling.of(spec, q, k, segments[0] is not None)
+    tiling = xla.Tiling.of(spec, q, k, segments[0] is not None, SMALL_TILE)
     p, T, K = tiling.plan, q.shape[1], k.shape[2]
     compute = xla.compute_dtype(q.dtype)
     product = functools.partial(jnp.einsum, preferred_element_type=wide_dtype(q))

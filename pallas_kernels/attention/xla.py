@@ -114,11 +114,12 @@ class Tiling:
     keys: int
 
     @classmethod
-    def of(cls, spec: Spec, q, k, packed: bool) -> "Tiling":
+    def of(cls, spec: Spec, q, k, packed: bool, tile: int | None = None) -> "Tiling":
         """The tiling of a call whose heads share one mask; `packed`: it has ids."""
         T, S, K = q.shape[1], k.shape[1], k.shape[2]
         group = q.shape[2] // K
-        return cls(spec, plan(spec.mask, T, S, spec.offset, group, K, packed), group, S)
+        made = plan(spec.mask, T, S, spec.offset, group, K, packed, tile)
+        return cls(spec, made, group, S)
 
     def pad_rows(self, x, axis: int = 1, value=0):
         """Extend the query axis to whole blocks."""

@@ -10,9 +10,11 @@ from eval_doubles import Scripted
 from lclm.errors import LclmError
 from lclm.evals.base import KEY, Journal, key_of
 from lclm.evals.curves import buckets, even_edges, log_edges
+from lclm.evals.key_tokens import KeyTokens
 from lclm.evals.needle import Needle
 from lclm.evals.passkey import Passkey
-from lclm.evals.perplexity import Pace, Perplexity, Reading, score, slide
+from lclm.evals.perplexity import Pace, Perplexity, Reading, score
+from lclm.evals.sliding import slide
 
 PNG = b"\x89PNG"
 
@@ -261,6 +263,49 @@ def test_perplexity_reads_the_same_tokens_to_each_reading_s_length(
     assert panel.rows[0][3].endswith("(to 200)") and panel.rows[0][4] == "-"
     assert panel.rows[0][6] == "195.3 KiB"
     assert job.summary(records, trained=100).figures["loss_by_position.png"][:4] == PNG
+
+
+class Remembers(Scripted):
+    """Knows some tokens only where it sees the one `back` places before them."""
+
+    back = 60
+
+    def nll(self, tokens, *, cache="full", chunk=512, progress=None):
+        self.calls.append(("nll", cache, tokens.shape))
+        nll = np.full((1, tokens.shape[1] - 1), 4.0, np.float32)
+        at = np.arange(1, tokens.shape[1])
+        if cache == "full":
+            nll[0, at >= self.back] = np.where(tokens[0, self.back :] % 2, 0.5, 4.0)
+        return nll
+
+
+def test_long_ppl_is_that_of_tokens_a_short_context_cannot_predict(
+    tokenizer, source, tmp_path
+):
+    lm, path = Remembers(tokenizer), tmp_path / "m.jsonl"
+    keys = KeyTokens(short=40, block=10)
+    readings = (Reading("full"), Reading("window:window=8"))
+    job = Perplexity(readings, source, length=200, keys=keys)
+    records = job.run(lm, journal=Journal(path))
+    pieces = job.pieces(lm)[0]
+    odd = [p for p in range(60, 200) if pieces[p] % 2]
+    (chosen,) = (r for r in Journal(path).records if r["task"] == "key_tokens")
+    assert chosen["positions"] == odd
+    assert [(r["key_nll"], r["key_tokens"]) for r in records] == [
+        (0.5, len(odd)),
+        (4.0, len(odd)),
+    ]
+    panel = job.summary(records, trained=100).panels[0]
+    told = [f"{math.exp(nll):.2f} ({len(odd)})" for nll in (0.5, 4.0)]
+    assert panel.columns[-1] == "LongPPL" and [r[-1] for r in panel.rows] == told
+    asked = len(lm.calls)
+    assert job.run(lm, journal=Journal(path)) == records and len(lm.calls) == asked
+    plain = Perplexity(readings, source, length=200)
+    assert "key_nll" not in plain.run(lm, journal=Journal(path))[0]
+    near = Perplexity(readings, source, length=50, keys=keys)
+    assert [r["key_tokens"] for r in near.run(lm, journal=Journal(path))] == [0, 0]
+    with pytest.raises(LclmError, match="short is 0"):
+        KeyTokens(short=0)
 
 
 def test_a_start_token_is_counted_and_opens_every_document(lm, source, tmp_path):

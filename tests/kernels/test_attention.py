@@ -1,5 +1,7 @@
 """Laws of the attention operation: every implementation equals the dense oracle."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,8 +161,12 @@ def test_merge_of_empty_parts_is_empty_and_differentiable():
 @pytest.mark.parametrize("name", MASKS)
 def test_plans_visit_every_visible_pair_once(name):
     T, S, offset = 333, 500, 100
-    for mask in MASKS[name].layout(4):
-        p = plan.plan(mask, T, S, offset, 2, 2)
+    small = 2 * 2 * 64 * 64
+    layouts = MASKS[name].layout(4)
+    for mask, tile in itertools.product(layouts, (None, small)):
+        p = plan.plan(mask, T, S, offset, 2, 2, False, tile)
+        widest = max(p.block_q * p.wide, p.sub * p.narrow)
+        assert tile is None or 2 * p.batch * widest <= tile
         visits = np.zeros((p.rows * p.block_q, p.keys), int)
         for r in range(p.rows):
             rows = slice(r * p.block_q, (r + 1) * p.block_q)
