@@ -6,6 +6,7 @@ trained whole stand under their own names (`modules_to_save`). base.json adds wh
 has no field for: the model description the adapter was trained with.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lclm.hub.bundle import Bundle
 from lclm.hub.hf_folder import fill
 from lclm.hub.json_file import read_json
 from lclm.hub.names import hf_names
-from lclm.models.decoder import param_shapes
+from lclm.models.decoder import param_shapes, untied
 from lclm.models.lora import DOWN, UP, LoraSpec
 from lclm.ops.int8 import Int8Weight
 from lclm.ops.lora import LoraWeight
@@ -78,6 +79,9 @@ def save_adapter(
 def with_adapter(bundle: Bundle, folder: str | Path) -> Bundle:
     """The model with an adapter: merged, or laid beside weights that are packed.
 
+    An adapter that was trained with a frozen head of its own (embeddings trained, the
+    head not) unties a tied model: its head stays the base's table.
+
     Raises:
       LclmError: no adapter there, a damaged one, or one of another base.
     """
@@ -91,7 +95,8 @@ def with_adapter(bundle: Bundle, folder: str | Path) -> Bundle:
     config = _config(bundle, folder)
     tensors = _tensors(folder)
     names = _names(config)
-    flat = flatten(bundle.params)
+    parted = bundle.config.tied and not config.tied
+    flat = flatten(untied(bundle.params) if parted else bundle.params)
     paths = {_key(p + end, names): p + end for p in flat for end in ("", DOWN, UP)}
     found = {paths[key]: v for key, v in tensors.items() if key in paths}
     _check(found, flat, [k for k in tensors if k not in paths], peft, folder)
@@ -165,7 +170,10 @@ def _config(bundle: Bundle, folder: Path) -> ModelConfig:
         return bundle.config
     told = read_json(folder / BASE)
     config = from_dict(ModelConfig, told.get("config"), f"{folder / BASE}: ")
-    here, there = param_shapes(bundle.config), param_shapes(config)
+    base = bundle.config
+    if base.tied and not config.tied:
+        base = dataclasses.replace(base, tied=False)
+    here, there = param_shapes(base), param_shapes(config)
     if here != there:
         paths = here.keys() | there.keys()
         path = min(p for p in paths if here.get(p) != there.get(p))

@@ -49,7 +49,7 @@ class Head(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self) -> Array:
+    def __call__(self) -> Any:
         return matrix(self, "weight", (self.config.vocab, self.config.width))
 
 
@@ -224,6 +224,11 @@ def unembed(
     if config.final_softcap is not None:
         logits = jnp.tanh(logits / config.final_softcap) * config.final_softcap
     return logits
+
+
+def untied(params: Params) -> Params:
+    """Parameters of a tied model as those of an untied one: the same table twice."""
+    return params | {"head": {"weight": params["embed"]["table"]}}
 
 
 def output_table(config: ModelConfig, params: Params) -> Any:

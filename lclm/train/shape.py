@@ -9,6 +9,7 @@ from lclm.blocks.attention import layer_mask
 from lclm.config import AttentionSpec, LayerSpec, ModelConfig, Run
 from lclm.errors import LclmError
 from lclm.models.convert import convert
+from lclm.models.decoder import untied
 from lclm.models.extend import map_attention, with_rope
 from lclm.models.hybrid_presets import infini_params
 from lclm.specs import InfiniSpec
@@ -64,7 +65,7 @@ def fitted(config: ModelConfig, params: Params) -> Params:
             sink = {"sink": jnp.zeros(spec.mixer.heads, jnp.float32)}
             out[f"layers_{i}"] = block | {"attn": block["attn"] | sink}
     if not config.tied and "head" not in out:
-        out["head"] = {"weight": out["embed"]["table"]}
+        out = untied(out)
     return out
 
 

@@ -69,6 +69,30 @@ def test_packed_weights_stay_packed_under_an_adapter(folder, trained):
     np.testing.assert_allclose(logits(made), near, atol=0.02 * np.abs(near).max())
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_trained_embeddings_leave_the_head_of_a_tied_model(trained, tmp_path, packed):
+    tied = Bundle(dataclasses.replace(CONFIG, tied=True), PARAMS, source="tiny")
+    own = trained | {"embed/table": 2 * PARAMS["embed"]["table"]}
+    save_adapter(
+        tmp_path / "a",
+        own,
+        config=dataclasses.replace(CONFIG, tied=False),
+        spec=SPEC,
+        base="tiny",
+    )
+    flat = merge(flatten(PARAMS) | own, SPEC)
+    flat["head/weight"] = PARAMS["embed"]["table"]
+    config = dataclasses.replace(CONFIG, tied=False)
+    want = logits(Bundle(config, nest(flat)))
+    if packed:
+        copy = jax.tree.map(lambda leaf: leaf, PARAMS)
+        tied = dataclasses.replace(tied, params=quantize_params(copy, "int8"))
+    made = with_adapter(tied, tmp_path / "a")
+    assert not made.config.tied
+    near = 0.05 * np.abs(want).max() if packed else 0.0
+    np.testing.assert_allclose(logits(made), want, rtol=0, atol=near)
+
+
 def test_names_and_settings_are_those_of_peft(folder):
     told = json.loads((folder / "adapter_config.json").read_text())
     assert told["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
