@@ -54,9 +54,11 @@ TOLERANCE = {"float64": 1e-12, "float32": 2e-5}
 def late(name: str, dtype: str) -> bool:
     """Whether a case waits for the slow tests: float32, and variants of a mixer.
 
-    Megalodon's and Infini's are the dearest; what they hold is in files of their own.
+    Megalodon's, Infini's and Mamba-2's are the dearest; what they hold is in files of
+    their own.
     """
-    variants = ("window", "mamba-jamba", "infini-linear", "infini-delta", "megalodon")
+    variants = ("window", "mamba-jamba", "mamba2", "infini-linear", "infini-delta")
+    variants += ("megalodon",)
     return dtype == "float32" or name in variants
 
 

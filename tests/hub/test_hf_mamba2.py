@@ -31,6 +31,7 @@ def near(found, expected):
     return np.abs(np.asarray(found) - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_are_those_of_transformers():
     lm, expected = lclm.load(GOLDEN / "mamba2_groups"), golden("mamba2_groups")
     tokens = jnp.asarray(expected["tokens"])

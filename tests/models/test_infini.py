@@ -203,6 +203,7 @@ def test_any_split_into_calls_gives_the_same_outputs_and_state(rule, dtype, tole
             same(state, end, tolerance)
 
 
+@pytest.mark.slow
 def test_padding_and_empty_calls_leave_every_leaf_of_the_state_alone():
     x = inputs(1, 7, dtype=np.float32)
     _, before = in_calls(x, jnp.arange(7)[None], [7], SPEC)
@@ -328,6 +329,7 @@ def test_a_model_generates_what_its_dense_pass_predicts():
     assert made == dense[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
+@pytest.mark.slow
 def test_state_bytes_do_not_grow_with_the_text():
     lm = model()
     sizes = {lm.generate(tokens(1, n)[0].tolist(), 2).stats.bytes for n in (5, 60)}

@@ -154,6 +154,7 @@ def test_a_sink_and_window_layer_stores_no_more_than_it_sees():
     assert small == large == slots * (2 * 2 * 8 * 4) + slots * 4
 
 
+@pytest.mark.slow
 def test_generation_follows_the_dense_pass():
     lm, prompt = model("sink", "full"), tokens(1, 13)[0].tolist()
     made = lm.generate(prompt, 10, chunk=16).tokens

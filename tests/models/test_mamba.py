@@ -209,6 +209,7 @@ def test_generation_continues_a_ragged_batch_as_each_row_alone():
         assert made.tokens == text[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_state_bytes_do_not_grow_with_the_text():
     lm = tiny()
     assert lm.cache_bytes("full", 1_000) == lm.cache_bytes("full", 1_000_000)

@@ -251,6 +251,7 @@ def test_bytes_do_not_grow_with_the_text(lm):
     assert lm.cache_bytes("full", 10) == 2 * per_layer
 
 
+@pytest.mark.slow
 def test_initial_step_sizes_and_decays_are_in_their_ranges():
     spec = Mamba2Spec(heads=256, head_dim=1, state=1)
     mixer = Mamba2(spec, WIDTH)

@@ -186,6 +186,7 @@ def test_a_scan_over_layers_equals_the_unrolled_model_and_its_routers():
         assert_close(moe.aux_loss(stacked, keep), moe.aux_loss(router, keep))
 
 
+@pytest.mark.slow
 def test_the_load_balance_loss_is_its_formula_over_all_layers():
     config, params, text = tiny_moe(2), tiny_params(2), tokens(2, 9)
     _, router = collect(config, params, text)

@@ -256,6 +256,7 @@ def test_pyramidkv_falls_with_depth_and_spends_the_same_tokens():
         assert sum(shares) == depth * policy.budget
 
 
+@pytest.mark.slow
 def test_a_cut_prompt_goes_on_evicting_where_asked():
     lm, row = tiny_lm(), tokens(1, 30)[0].tolist()
     context = lm.prefill(row, cache="h2o:budget=8,at=end,decode=evict", chunk=30)
@@ -267,6 +268,7 @@ def test_a_cut_prompt_goes_on_evicting_where_asked():
     assert np.asarray(session.caches[0].groups[0].pos).max() == 32
 
 
+@pytest.mark.slow
 def test_a_text_behind_a_context_loses_what_it_loses_behind_it():
     lm, text = tiny_lm(), tokens(1, 30)
     context = lm.prefill(text[0, :20].tolist(), cache="h2o:budget=40,at=end", chunk=20)

@@ -105,6 +105,7 @@ class Pot:
         return found
 
 
+@pytest.mark.slow
 def test_codes_that_stay_are_kept_and_those_that_move_are_coded_anew(monkeypatch):
     monkeypatch.setattr(infinipot, "TILE", 4)
     k = encode(random_heads(20).k.reshape(1, 2, 10, 16), 4, (1, 8))
@@ -215,6 +216,7 @@ def test_novelty_is_the_loss_of_the_token_and_alone_keeps_the_least_expected():
         assert pos.max() < NOVEL.budget and cache.groups[0].k.shape[2] == NOVEL.budget
 
 
+@pytest.mark.slow
 def test_a_text_that_fits_with_its_catalyst_is_read_exactly_and_not_distilled():
     lm, text = tiny_lm(), tokens(1, 26)
     held = Session(lm._engine, POT, rows=1, length=60, chunk=8)
@@ -236,6 +238,7 @@ def test_losses_depend_on_where_cycles_fall_and_not_on_the_chunk():
     assert np.abs(fours - dense_nll(lm, text))[:, 24:].max() > 0.1
 
 
+@pytest.mark.slow
 def test_decoding_past_a_full_pot_is_reading_one_token_at_a_time():
     lm, text = tiny_lm(), tokens(1, 8)[0].tolist()
     context = lm.prefill(text, cache=POT, chunk=8)

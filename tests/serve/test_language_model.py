@@ -79,6 +79,7 @@ def test_a_stop_string_is_cut_and_never_streamed(lm):
     assert "".join(lm.generate(text, 40, chunk=16, stop=stop, stream=True)) == want
 
 
+@pytest.mark.slow
 def test_sampling_depends_on_the_seed_alone(lm):
     text = tokens(1, 20)[0].tolist()
 
@@ -138,6 +139,7 @@ def test_room_is_allocated_at_once_and_changes_no_token(lm):
     assert lm.generate(text, 5, chunk=8, room=5).tokens == greedy(lm, text, 5)
 
 
+@pytest.mark.slow
 def test_a_saved_context_answers_as_the_live_one(lm, tmp_path):
     text = tokens(1, 30)[0].tolist()
     for policy in ("full", "streaming:sinks=2,window=6"):
@@ -208,6 +210,7 @@ def test_pieces_cover_the_text_with_few_shapes():
         assert set(sizes) <= {16, 64, 256, 512}
 
 
+@pytest.mark.slow
 def test_training_layout_gives_the_same_hidden_states():
     from lclm.models.decoder import Decoder, stack_params, unstack_params
     from lclm.models.remat import RematSpec
@@ -223,6 +226,7 @@ def test_training_layout_gives_the_same_hidden_states():
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), lm.params, back))
 
 
+@pytest.mark.slow
 def test_packed_documents_equal_documents_alone():
     lm = tiny_lm()
     from lclm.models.decoder import Decoder

@@ -93,6 +93,7 @@ def test_a_window_equals_streaming_without_sinks():
     )
 
 
+@pytest.mark.slow
 def test_a_window_policy_equals_a_model_with_that_window():
     text = tokens(1, 40)
     np.testing.assert_allclose(

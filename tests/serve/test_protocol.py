@@ -127,6 +127,7 @@ def test_a_scoring_policy_keeps_the_tokens_its_last_queries_looked_at():
             )
 
 
+@pytest.mark.slow
 def test_column_sums_of_all_keys_add_up_to_the_queries_they_came_from():
     seen = []
 
@@ -169,6 +170,7 @@ def test_a_catalyst_policy_that_never_overflows_is_exact():
     np.testing.assert_allclose(got, dense_nll(tiny_lm(), text), atol=3e-5)
 
 
+@pytest.mark.slow
 def test_a_catalyst_policy_decodes_past_its_capacity():
     made = tiny_lm().generate(tokens(1, 20)[0].tolist(), 30, cache=Catalyst(), chunk=8)
     assert len(made.tokens) == 30

@@ -97,6 +97,7 @@ def test_quantised_codes_keys_by_channel_values_by_token_behind_a_residual(chunk
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_tokens_packed_one_by_one_equal_all_packed_at_once():
     kv, most = stored(), (LENGTH - 8) // 4 * 4
     for chunk in (1, 7, LENGTH):
@@ -110,6 +111,7 @@ def test_tokens_packed_one_by_one_equal_all_packed_at_once():
                 np.testing.assert_array_equal(a[:, :, : b.shape[2]], b)
 
 
+@pytest.mark.slow
 def test_a_text_within_the_residual_is_exact():
     text = tokens(2, 20)
     lm = tiny_lm()

@@ -170,6 +170,7 @@ def test_early_layers_and_those_with_a_mask_of_their_own_are_read_whole(rank, sp
     assert measured_bytes(cache) == measured_bytes(full)
 
 
+@pytest.mark.slow
 def test_dense_prefill_reads_all_and_single_tokens_choose():
     heads = random_heads()
     policy = dataclasses.replace(SMALL, prefill="dense")
@@ -183,6 +184,7 @@ def test_dense_prefill_reads_all_and_single_tokens_choose():
     )
 
 
+@pytest.mark.slow
 def test_a_budget_approaches_dense_attention():
     heads = random_heads()
     full = run(Full(), heads, 30)[0][0]
@@ -194,6 +196,7 @@ def test_a_budget_approaches_dense_attention():
     assert gaps[-1] < 1e-6 < gaps[-2]
 
 
+@pytest.mark.slow
 def test_softcap_scale_and_sink_reach_the_chosen_pages():
     heads, sink = random_heads(), jnp.linspace(-1.0, 1.0, 4)
     spec = dataclasses.replace(SPEC, softcap=1.5, scale=0.7, sink=True)

@@ -135,6 +135,7 @@ def test_patterns_on_places_in_the_row_agree(on_devices):
     assert "patterns agree" in on_devices(ATTENTION + LAID, timeout=900)
 
 
+@pytest.mark.slow
 def test_a_ring_makes_one_exchange_less_than_it_has_parts(on_devices):
     assert "exchanges counted" in on_devices(ATTENTION + EXCHANGES)
 

@@ -186,6 +186,7 @@ def test_the_filter_takes_what_the_paper_trains():
     assert sum(sizes) == 2 * (4 * 32 + 32 * 4)
 
 
+@pytest.mark.slow
 def test_a_tied_embedding_is_trained_by_choice():
     params = params_of(CONFIG)
     with pytest.raises(LclmError, match="head='trained'"):

@@ -72,6 +72,7 @@ def gates(value: float) -> dict:
     return {"objective/alpha": jnp.full((2, 2), value)}
 
 
+@pytest.mark.slow
 def test_open_gates_lose_nothing_and_feel_the_penalty_alone():
     told, grads = slopes(trainer(DUO), gates(1.0))
     assert float(told["distance"]) < 1e-14  # both halves of a product round alike

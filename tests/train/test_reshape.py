@@ -125,6 +125,7 @@ def test_longgen_with_everything_in_sight_is_the_base():
     np.testing.assert_allclose(hidden(config, params), hidden(DEEP, params), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_infini_starts_as_the_base_within_one_segment():
     spec = ModelSpec("x", hybrid="infini:segment=96", rope=Rope(theta=5e4))
     config = reshaped(CONFIG, spec)

@@ -158,6 +158,7 @@ def test_nothing_looks_ahead_but_where_groups_wrap():
     assert wrapped[6:].max() == 0
 
 
+@pytest.mark.slow
 def test_two_layers_carry_information_across_groups():
     group = 12
     one, two = leak("shifted_groups:group=12"), leak("shifted_groups:group=12", 2)

@@ -177,10 +177,14 @@ def test_a_workdir_that_is_a_file_or_of_something_else_is_refused(config, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 def test_a_mesh_on_the_command_line_stands_in_for_the_configs(config, whole, tmp_path):
     train(config, tmp_path / "run", mesh="fsdp=1")
     same(whole, tmp_path / "run")
-    for mesh, words in (("fsdp=2", "2 devices"), ("fdsp=1", "fsdp"), ("fsdp", "AXIS=")):
+
+
+def test_a_mesh_that_does_not_fit_is_refused_and_nothing_written(config, tmp_path):
+    for mesh, words in (("fsdp=2", "1 devices"), ("fdsp=1", "fsdp"), ("fsdp", "AXIS=")):
         with pytest.raises(LclmError, match=words):
             train(config, tmp_path / "other", mesh=mesh)
     assert not (tmp_path / "other").exists()

@@ -74,6 +74,7 @@ def test_a_model_of_int8_rows_is_the_model_of_the_rounded_weights():
     assert small["layers_0"]["norm1"]["scale"].dtype == np.float32
 
 
+@pytest.mark.slow
 def test_expert_stacks_are_rounded_and_routers_are_not():
     layer = LayerSpec(AttentionSpec(4, 2, 8), MoeSpec(24, 4))
     config = ModelConfig("test", 97, 32, (Run((layer,), 1),), 64)
