@@ -6,19 +6,20 @@
 
 Quality: a passage of a novel is read and cut to the budget, then the loss of the text
 that follows it is taken; lclm with at=end (the form of the papers, and kvpress's) and
-at=chunk (bounded throughout), kvpress with the same settings. Speed: reading and
-writing, seconds of the same tokens, and the highest resident size over that of a prompt
-of budget + chunk tokens. Same weights, float32, interleaved. Memory (lclm alone): the
-highest resident size of a process that reads `length` tokens with at=chunk, over that
-when it had read budget + chunk, as a share of the budget's cache; a process a policy,
-from when its weights are loaded. That peak may be the compiler's: `share_reading` takes
-both texts when all is compiled, each from a heap whose free pages were given back. It
-has the allocator's noise in it, of a few calls' working memory. A policy measured with
-the same settings is not measured again. Writes
-benchmarks/results/caches_{quality,speed,memory}.json.
+at=chunk (bounded throughout), kvpress with the same settings. Speed: tokens read and
+written a second, and the highest resident size over that of a prompt of budget + chunk
+tokens. Same weights, interleaved, float32; --only names other sides, `lclm int8` and
+`kvpress bf16`. Memory (lclm alone): the highest resident size of a process that reads
+`length` tokens with at=chunk, over that when it had read budget + chunk, as a share of
+the budget's cache; a process a policy, from when its weights are loaded. That peak may
+be the compiler's: `share_reading` takes both texts when all is compiled, each from a
+heap whose free pages were given back. It has the allocator's noise in it, of a few
+calls' working memory. What was measured with the same settings is not measured again.
+Writes benchmarks/results/caches_{quality,speed,memory}.json.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -55,6 +56,40 @@ MEMORY = {
 }
 
 
+class Table:
+    """Rows of one file, written as they are found and kept between equal commands."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]):
+        self.path, self.facts, self.rows = path, facts, []
+        data = json.loads(path.read_text()) if path.exists() else {}
+        if facts.items() <= data.items():
+            self.rows = [row for row in data["rows"] if "error" not in row]
+
+    def holds(self, known: dict[str, Any]) -> bool:
+        """Whether a row of these settings was found without an error."""
+        return any(known.items() <= row.items() for row in self.rows)
+
+    def put(self, known: dict[str, Any], found: dict[str, Any]) -> None:
+        """Add a row, show it and write the file."""
+        print(json.dumps(known | found), file=sys.stderr)
+        self.rows = [r for r in self.rows if not known.items() <= r.items()]
+        self.rows.append(known | found)
+        text = json.dumps(self.facts | {"rows": self.rows}, indent=1)
+        self.path.write_text(text + "\n")
+
+
+def libraries(peer_python: Path | None) -> dict[str, tuple[list[str], dict]]:
+    """The command of each side, and what it is told beside the model."""
+    found = {"lclm": (OUR_PEER, {}), "lclm int8": (OUR_PEER, {"quantize": "int8"})}
+    if peer_python:
+        line = [str(peer_python), str(HERE / "peers" / "kvpress_peer.py")]
+        found |= {
+            "kvpress": (line, {}),
+            "kvpress bf16": (line, {"dtype": "bfloat16"}),
+        }
+    return found
+
+
 def passages(length: int, after: int, count: int) -> list[tuple[list[int], list[int]]]:
     """Tokens of a novel the model is not trained further on, and those behind them."""
     from lclm import hub
@@ -70,9 +105,11 @@ def passages(length: int, after: int, count: int) -> list[tuple[list[int], list[
     ]
 
 
-def quality(workers: dict[str, Worker], args: argparse.Namespace) -> list[dict]:
+def quality(
+    workers: dict[str, Worker], args: argparse.Namespace, table: "Table"
+) -> None:
     """Mean loss behind a cut passage, by method, budget and mode."""
-    texts, rows = passages(args.length, args.after, args.texts), []
+    texts = passages(args.length, args.after, args.texts)
     asks = [("full", None, "full", "lclm", "full")]
     for budget in args.budget:
         for name, policy in OURS.items():
@@ -83,24 +120,15 @@ def quality(workers: dict[str, Worker], args: argparse.Namespace) -> list[dict]:
                 asks.append((name, budget, "end", "lclm", same))
                 asks.append((name, budget, "end", "kvpress", None))
     for name, budget, mode, library, cache in asks:
-        if library not in workers:
+        known = {"method": name, "budget": budget, "at": mode, "library": library}
+        if library not in workers or table.holds(known):
             continue
+        ask = {"method": name, "budget": budget, "cache": cache}
         answers = [
-            workers[library].ask(
-                {
-                    "tokens": tokens,
-                    "after": after,
-                    "method": name,
-                    "budget": budget,
-                    "cache": cache,
-                }
-            )
+            workers[library].ask(ask | {"tokens": tokens, "after": after})
             for tokens, after in texts
         ]
-        row = {"method": name, "budget": budget, "at": mode, "library": library}
-        rows.append(row | summary(answers))
-        print(json.dumps(rows[-1]), file=sys.stderr)
-    return rows
+        table.put(known, summary(answers))
 
 
 def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -112,30 +140,26 @@ def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
     return {"nll": statistics.mean(losses), "cache_bytes": answers[0]["cache_bytes"]}
 
 
-def speed(workers: dict[str, Worker], args: argparse.Namespace) -> list[dict]:
+def speed(workers: dict[str, Worker], args: argparse.Namespace, table: "Table") -> None:
     """Seconds to read `length` tokens and to write `new`; the peak above a floor."""
     (tokens, _), *_ = passages(args.length, 1, 1)
-    rows = []
-    for name in args.methods or SAME:
-        for budget in args.budget:
-            short = tokens[: budget + CHUNK]
-            cache = OURS[name].format(budget=budget, window=budget - 4)
-            ask = {"method": name, "budget": budget, "cache": cache, "new": args.new}
-            answers: dict[str, list] = {library: [] for library in workers}
-            floors = {}
-            for turn in range(args.rounds + 1):
-                for library, worker in workers.items():
-                    if not turn:
-                        floors[library] = worker.ask(ask | {"tokens": short})
-                        continue
-                    answers[library].append(worker.ask(ask | {"tokens": tokens}))
-            for library, found in answers.items():
-                rows.append(
-                    {"method": name, "budget": budget, "library": library}
-                    | costs(found, floors[library], args)
-                )
-                print(json.dumps(rows[-1]), file=sys.stderr)
-    return rows
+    for name, budget in itertools.product(args.methods or SAME, args.budget):
+        known = {"method": name, "budget": budget}
+        if all(table.holds(known | {"library": library}) for library in workers):
+            continue
+        short = tokens[: budget + CHUNK]
+        cache = OURS[name].format(budget=budget, window=budget - 4)
+        ask = known | {"cache": cache, "new": args.new}
+        answers: dict[str, list] = {library: [] for library in workers}
+        floors = {}
+        for turn in range(args.rounds + 1):
+            for library, worker in workers.items():
+                if not turn:
+                    floors[library] = worker.ask(ask | {"tokens": short})
+                    continue
+                answers[library].append(worker.ask(ask | {"tokens": tokens}))
+        for library, found in answers.items():
+            table.put(known | {"library": library}, costs(found, floors[library], args))
 
 
 def costs(found: list[dict], floor: dict, args: argparse.Namespace) -> dict[str, Any]:
@@ -151,28 +175,14 @@ def costs(found: list[dict], floor: dict, args: argparse.Namespace) -> dict[str,
     }
 
 
-def memory(args: argparse.Namespace, model: Path, out: Path) -> None:
-    """Write a row a policy to `out`; rows of the same settings are kept."""
-    facts = {
-        "cpu": cpu_model(),
-        "model": model.name,
-        "length": args.length,
-        "chunk": args.chunk,
-    }
-    data = json.loads(out.read_text()) if out.exists() else {}
-    if {k: data.get(k) for k in facts} != facts:
-        data = facts | {"rows": []}
-    for budget in args.budget:
-        for name in args.methods or MEMORY:
-            known = {"method": name, "budget": budget}
-            same = [r for r in data["rows"] if known.items() <= r.items()]
-            if same and "error" not in same[0]:
-                continue
-            cache = MEMORY.get(name, name).format(budget=budget, window=budget - 4)
-            row = known | {"cache": cache} | share(args, model, cache, budget)
-            print(json.dumps(row), file=sys.stderr)
-            data["rows"] = [r for r in data["rows"] if r not in same] + [row]
-            out.write_text(json.dumps(data, indent=1) + "\n")
+def memory(args: argparse.Namespace, model: Path, table: "Table") -> None:
+    """A row a policy."""
+    for budget, name in itertools.product(args.budget, args.methods or MEMORY):
+        known = {"method": name, "budget": budget}
+        if table.holds(known):
+            continue
+        cache = MEMORY.get(name, name).format(budget=budget, window=budget - 4)
+        table.put(known, {"cache": cache} | share(args, model, cache, budget))
 
 
 def share(
@@ -216,6 +226,7 @@ def main() -> None:
     flags.add_argument("--texts", type=int, default=3)
     flags.add_argument("--budget", type=int, action="append")
     flags.add_argument("--methods", action="append")
+    flags.add_argument("--only", action="append", help="lclm, lclm int8, kvpress, ...")
     flags.add_argument("--new", type=int, default=64)
     flags.add_argument("--rounds", type=int, default=1)
     flags.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -223,26 +234,28 @@ def main() -> None:
     from lclm import hub
 
     model = hub.pull("smollm2-135m")
+    kind = "memory" if args.memory else "speed" if args.speed else "quality"
     args.length = args.length or (65536 if args.memory else 3584)
-    args.budget = args.budget or ([2048] if args.speed or args.memory else [256, 1024])
+    args.budget = args.budget or ([256, 1024] if kind == "quality" else [2048])
+    names = {"memory": ["chunk"], "speed": ["new", "rounds"]}
+    names = names.get(kind, ["after", "texts"])
+    facts = {name: getattr(args, name) for name in ["length", "threads", *names]}
+    facts = {"cpu": cpu_model(), "model": model.name} | facts
+    table = Table(HERE / "results" / f"caches_{kind}.json", facts)
     if args.memory:
-        memory(args, model, HERE / "results" / "caches_memory.json")
+        memory(args, model, table)
         return
     room = {"gguf": str(model), "threads": args.threads}
-    commands = {"lclm": OUR_PEER}
-    if args.peer_python:
-        script = str(HERE / "peers" / "kvpress_peer.py")
-        commands["kvpress"] = [str(args.peer_python), script]
-    workers = {name: Worker(name, line, room) for name, line in commands.items()}
+    workers = {
+        name: Worker(name, line, room | settings)
+        for name, (line, settings) in libraries(args.peer_python).items()
+        if name in (args.only or ["lclm", "kvpress"])
+    }
     try:
-        rows = (speed if args.speed else quality)(workers, args)
+        (speed if args.speed else quality)(workers, args, table)
     finally:
         for worker in workers.values():
             worker.close()
-    kind = "speed" if args.speed else "quality"
-    facts = {k: v for k, v in vars(args).items() if k != "peer_python"}
-    out = HERE / "results" / f"caches_{kind}.json"
-    out.write_text(json.dumps({"cpu": cpu_model(), **facts, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

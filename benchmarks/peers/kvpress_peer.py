@@ -21,13 +21,14 @@ PRESSES = {
 
 
 def make(settings: dict[str, Any]) -> Peer:
-    """Load settings["gguf"] in float32 with settings["threads"]."""
+    """Load settings["gguf"] as settings["dtype"], with settings["threads"]."""
     torch.set_num_threads(settings["threads"])
     path = Path(settings["gguf"])
+    dtype = getattr(torch, settings.get("dtype", "float32"))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
+        path.parent, gguf_file=path.name, dtype=dtype
     ).eval()
 
     def read(tokens: list[int], method: str, budget: int):
@@ -56,7 +57,7 @@ def make(settings: dict[str, Any]) -> Peer:
         if after := request.get("after"):
             ids = torch.tensor([after])
             logits = behind(ids, cache, len(tokens))[:, :-1]
-            losses = torch.nn.functional.cross_entropy(logits[0], ids[0, 1:])
+            losses = torch.nn.functional.cross_entropy(logits[0].float(), ids[0, 1:])
             return found | {"nll": float(losses)}
         began = time.perf_counter()
         for step in range(request["new"]):

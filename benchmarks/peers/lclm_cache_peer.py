@@ -12,10 +12,10 @@ from benchmarks.peers.protocol import Peer, give_back, reset_peak, serve
 
 
 def make(settings: dict[str, Any]) -> Peer:
-    """Load settings["gguf"] in float32; no text is made, as in the peer."""
+    """Load settings["gguf"], float32 or quantized; no text is made, as in the peer."""
     from lclm.language_model import LanguageModel
 
-    kept = lclm.load(settings["gguf"])
+    kept = lclm.load(settings["gguf"], quantize=settings.get("quantize"))
     config = dataclasses.replace(kept.config, eos=())
     lm = LanguageModel(config, kept.params, kept.tokenizer)
 
