@@ -235,6 +235,14 @@ class Rows:
         x4 = lax.dynamic_slice_in_dim(x4, self.first, self.size, axis=2)
         return x4.reshape(x.shape[0], -1, *x.shape[2:])
 
+    def take_t(self, x):
+        """The columns of the tile from a transposed row array."""
+        if self.size == self.block_q:
+            return x
+        x4 = x.reshape(*x.shape[:2], self.group, self.block_q)
+        x4 = lax.dynamic_slice_in_dim(x4, self.first, self.size, axis=3)
+        return x4.reshape(*x.shape[:2], -1)
+
     def put(self, x, part):
         """`x` with the rows of the tile replaced."""
         if self.size == self.block_q:
