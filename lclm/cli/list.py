@@ -35,8 +35,9 @@ def main(argv: Sequence[str]) -> None:
         print(f"{name}: {TABLES.entries[name].about}")
         table = TABLES[name]
         lines = table.about() if isinstance(table, Table) else _about(table)
+        width = max(20, *(len(entry) + 2 for entry in lines))
         for entry, about in lines.items():
-            print(f"  {entry:20}{about}")
+            print(f"  {entry:{width}}{about}")
 
 
 def _about(known: dict) -> dict[str, str]:
