@@ -16,6 +16,7 @@ from lclm.evals.exam import Exam, Item, chat_between
 from lclm.evals.labelled import read
 from lclm.evals.multi_turn import MultiTurn
 from lclm.evals.multi_turn_tasks import TASKS, Sample, make
+from lclm.language_model import LanguageModel
 from tests.tiny import tiny_lm
 
 QUERIES = tuple(
@@ -127,8 +128,7 @@ def test_a_context_over_the_budget_skips_its_whole_session_and_may_be_cut(tmp_pa
 
 @pytest.mark.parametrize("cache", ["full", "streaming:sinks=2,window=14"])
 def test_a_real_session_answers_as_its_whole_text_read_anew(cache):
-    lm = tiny_lm()
-    lm.tokenizer = Letters97()
+    lm = LanguageModel(tiny_lm().config, tiny_lm().params, Letters97())
     asked = [Prompt("", q.text, q) for q in QUERIES]
     asked[0] = Prompt(EXAMPLE.opening + EXAMPLE.context, QUERIES[0].text, QUERIES[0])
     said = list(converse(lm, asked, cache=cache, questions="hidden", own=False))
