@@ -21,6 +21,9 @@ TABLES = Table(
         "texts": Entry("lclm.data.sources:SOURCES", "single texts to read"),
         "documents": Entry("lclm.data.documents:DOCUMENTS", "sources to train on"),
         "synthetic": Entry("lclm.data.documents:SYNTHETIC", "made-up tasks"),
+        "labelled": Entry(
+            "lclm.evals.labelled:LABELLED", "labelled texts for many-shot recall"
+        ),
         "evals": Entry("lclm.evals:EVALS", "what can be measured"),
     },
 )

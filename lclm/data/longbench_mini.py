@@ -21,6 +21,7 @@ Line = dict[str, Any]
 COUNTS = {
     "multifieldqa_en": 20,
     "hotpotqa": 20,
+    "trec": 15,
     "passage_count": 15,
     "passage_retrieval_en": 15,
     "lcc": 15,
@@ -31,6 +32,7 @@ CODE_PACKAGE = "sympy"
 README = """LongBench-mini: data in LongBench's format, not LongBench's own.
 
 multifieldqa_en: articles of SQuAD v2 (CC-BY-SA-4.0) with their questions.
+trec: questions of SQuAD v2 by their article, labelled examples before one without.
 hotpotqa, passage_count, passage_retrieval_en: HotpotQA (CC-BY-SA-4.0).
 lcc, repobench-p: the next line of a file of sympy (BSD-3).
 qmsum, where it is there: meetings of QMSum (MIT).
@@ -51,7 +53,7 @@ def write(
 ) -> dict[str, int]:
     """Write `data/NAME.jsonl` files and return the lines of each.
 
-    examples: lines a dataset, 0 for a hundred in all. words: of the longest contexts;
+    examples: lines a dataset, 0 for 115 in all. words: of the longest contexts;
     lengths spread from a quarter of it. qmsum: a jsonl file of QMSum.
 
     Raises:
@@ -132,6 +134,25 @@ def hotpotqa(rng: random.Random, sizes: Iterator[int]) -> Iterator[Line]:
             f"Passage {i}:\n{t}\n{parts[t]}" for i, t in enumerate(order, 1)
         )
         yield _line("hotpotqa", hop.id, context, hop.question, [hop.answer])
+
+
+def trec(rng: random.Random, sizes: Iterator[int]) -> Iterator[Line]:
+    """Which article is a question about? Many that say so come before it."""
+    articles = qa.squad()
+    names = {a.title: a.title.replace("_", " ") for a in articles}
+    asked = [(q, names[a.title]) for a in articles for q in a.questions]
+    tests = rng.sample(asked, len(asked))
+    for ((key, question, _, _), name), size in zip(tests, sizes, strict=False):
+        shots: list[str] = []
+        for (other, text, _, _), kind in rng.sample(asked, len(asked)):
+            shot = f"Question: {text.strip()}\nType: {kind}"
+            if _words([*shots, shot]) > size:
+                break
+            shots += [shot] if other != key else []
+        told = f"Question: {question.strip()}\nType:"
+        made = _line("trec", key, "\n".join(shots), told, [name])
+        made["all_classes"] = sorted(names.values())
+        yield made
 
 
 def passage_retrieval(rng: random.Random, sizes: Iterator[int]) -> Iterator[Line]:
@@ -283,6 +304,7 @@ def _qmsum(path: str) -> Callable[[random.Random, Iterator[int]], Iterator[Line]
 MAKERS = {
     "multifieldqa_en": multifieldqa,
     "hotpotqa": hotpotqa,
+    "trec": trec,
     "passage_count": passage_count,
     "passage_retrieval_en": passage_retrieval,
     "lcc": code,

@@ -36,6 +36,14 @@ EVALS = Table(
             "lclm.evals.lost_in_the_middle:LostInTheMiddle",
             "an answer at every place among documents or keys, with bounds",
         ),
+        "many_shot": Entry(
+            "lclm.evals.many_shot:ManyShot",
+            "labels from hundreds of shots, told as numbers, by shots (HELMET)",
+        ),
+        "multi_turn": Entry(
+            "lclm.evals.multi_turn:MultiTurn",
+            "several questions about one context, turns kept or apart (SCBench)",
+        ),
     },
 )
 

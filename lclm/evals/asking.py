@@ -12,6 +12,15 @@ NOTES = {
     "hidden": "Contexts were read, and compressed, before their questions were known.",
     "seen": "Query-aware: the cache read every question together with its context.",
 }
+MODES = {
+    "multi_request": "Each question met the context as it was first read.",
+    "multi_turn": "Earlier questions stayed in the session, with the wanted answers.",
+    "multi_turn_own": "Earlier questions stayed, with the model's own answers.",
+}
+TURNS = ("multi_turn", "multi_turn_own")
+FIRST_SEEN = (
+    "Query-aware in the first turn: the cache read that question with the context."
+)
 FINEST = 64
 
 
@@ -19,6 +28,18 @@ def check_questions(questions: str) -> None:
     """Refuse a way of asking that is not one."""
     if questions not in QUESTIONS:
         raise unknown("way of asking", questions, QUESTIONS)
+
+
+def notes(records: Iterable[Record]) -> str:
+    """What tables of these records say about how questions met their contexts."""
+    told: dict[str, None] = {}
+    for record in sorted(records, key=lambda r: (r["questions"], r.get("mode", ""))):
+        mode, seen = record.get("mode"), record["questions"] == "seen"
+        told[FIRST_SEEN if seen and mode in TURNS else NOTES[record["questions"]]] = (
+            None
+        )
+        told |= {MODES[mode]: None} if mode else {}
+    return " ".join(told)
 
 
 @dataclass(frozen=True)
@@ -105,6 +126,50 @@ def answer_all(
             "prompt_tokens": len(ids) + asked,
             "seconds": time.perf_counter() - start,
         }
+
+
+def converse(
+    lm: LanguageModel,
+    prompts: Sequence[Prompt],
+    *,
+    cache: str,
+    questions: str,
+    own: bool,
+) -> Iterable[Record]:
+    """The greedy answer to each prompt in one session, in which the turns before stay.
+
+    The context is the first prompt's; "seen" reads the first question with it. Behind
+    a question stays the wanted answer, or with `own` what the model said.
+    """
+    start = time.perf_counter()
+    first = prompts[0]
+    together = questions == "seen" or not first.before
+    ids = _first(lm, first.before + first.after if together else first.before)
+    turns = ["" if together and p is first else p.after for p in prompts]
+    lefts = [turn + _left(p) for turn, p in zip(turns, prompts, strict=True)]
+    read, new = len(ids), sum(p.query.max_new_tokens for p in prompts)
+    most = read + new + sum(len(lm.tokenizer.encode(left)) for left in lefts)
+    context = lm.prefill(ids, cache=cache, room=roomy(most) - read)
+    for turn, left, prompt in zip(turns, lefts, prompts, strict=True):
+        said = context.generate(
+            turn, max_new_tokens=prompt.query.max_new_tokens, keep=own
+        )
+        yield {
+            "prediction": said.text,
+            "prompt_tokens": read + len(lm.tokenizer.encode(turn)),
+            "seconds": time.perf_counter() - start,
+        }
+        start = time.perf_counter()
+        stays = turn + said.text if own else left
+        read += len(lm.tokenizer.encode(stays))
+        if not own and prompt is not prompts[-1]:
+            context.generate(stays, max_new_tokens=0, keep=True)
+
+
+def _left(prompt: Prompt) -> str:
+    """The wanted answer as it stands behind its question."""
+    gap = "" if prompt.after[-1:].isspace() else " "
+    return gap + prompt.query.perfect
 
 
 def _first(lm: LanguageModel, text: str) -> list[int]:

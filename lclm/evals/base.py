@@ -13,7 +13,7 @@ import numpy as np
 from lclm.errors import LclmError
 
 KEY = ("task", "length", "depth", "seed", "cache")
-KEY += ("example", "query", "strategy", "questions")
+KEY += ("example", "query", "strategy", "questions", "mode")
 
 Record = dict[str, Any]
 Observe = Callable[[str, int, int], None]
@@ -40,8 +40,13 @@ class Answer(Protocol):
 class Reader(Protocol):
     """What `prefill` returns: a text that has been read and can be asked about."""
 
-    def generate(self, question: str, *, max_new_tokens: int) -> Answer:
-        """Greedy answer; the text read stays as it was."""
+    def generate(
+        self, question: str, *, max_new_tokens: int, keep: bool = False
+    ) -> Answer:
+        """Greedy answer; the text read stays as it was.
+
+        With `keep` question and answer are read into it, for what is asked next.
+        """
         ...
 
 

@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lclm.data.sources import bind
-from lclm.errors import LclmError
+from lclm.errors import LclmError, unknown
 from lclm.evals.asking import (
-    NOTES,
+    MODES,
+    TURNS,
     Prompt,
     Task,
     answer_all,
     check_questions,
+    converse,
+    notes,
     run_tasks,
 )
 from lclm.evals.base import (
@@ -31,6 +34,7 @@ from lclm.evals.base import (
 from lclm.evals.strategies import FILLING, STRATEGIES, Desk, make
 
 Grade = Callable[[Query, str], float]
+SHARED = ("whole", "truncate", "closed_book")
 _MARK = "<<here>>"
 
 
@@ -49,6 +53,8 @@ class Exam:
 
     questions: "hidden" reads contexts before the questions are known. budget: tokens
     of a prompt, 0 for no limit. chat: wrap prompts as the model's template says.
+    modes: whether turns stay, of `MODES`; () asks each question apart and says nothing
+    of it in the records.
     """
 
     caches: tuple[str, ...] = ("full",)
@@ -56,11 +62,13 @@ class Exam:
     questions: str = "hidden"
     budget: int = 0
     chat: bool = False
+    modes: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for name in ("caches", "strategies"):
+        for name in ("caches", "strategies", "modes"):
             told = getattr(self, name)
-            require(bool(told), f"{name} is empty: give at least one")
+            empty = not told and name != "modes"
+            require(not empty, f"{name} is empty: give at least one")
             require(len(set(told)) == len(told), f"{name} {told} name one twice")
         for strategy in self.strategies:
             bind(STRATEGIES, strategy)
@@ -71,6 +79,15 @@ class Exam:
                 self.budget > 0 or name not in FILLING,
                 f"strategy {name!r} fills a budget and budget is 0: give budget=TOKENS",
             )
+        for mode in self.modes:
+            if mode not in MODES:
+                raise unknown("mode", mode, MODES)
+        picking = {s.partition(":")[0] for s in self.strategies} - set(SHARED)
+        require(
+            not (picking and set(self.modes) & set(TURNS)),
+            f"strategies {sorted(picking)} choose a context for one question, and "
+            f"turns share theirs: use {', '.join(SHARED)}, or modes=['multi_request']",
+        )
 
     def run(
         self,
@@ -84,9 +101,12 @@ class Exam:
     ) -> list[Record]:
         """Ask what the journal lacks, one record on disk after each answer."""
         wrap = chat_wrap(lm) if self.chat else None
+        between = chat_between(lm) if wrap and set(self.modes) & set(TURNS) else ""
         tasks = []
-        for cache, strategy in itertools.product(self.caches, self.strategies):
+        told = itertools.product(self.caches, self.strategies, self.modes or ("",))
+        for cache, strategy, mode in told:
             way = dict(cache=cache, strategy=strategy, questions=self.questions)
+            way |= {"mode": mode} if mode else {}
             keys = [_keys({"task": task, **item.key, **way}, item) for item in items]
             # What a strategy lacks is said before any model runs, and a finished run
             # needs none of it.
@@ -99,9 +119,23 @@ class Exam:
                 wrapped = wrap and made and example.meta.get("chat", True)
                 return _wrapped(made, wrap) if wrapped else made
 
-            label = f"{task} · {cache} · {strategy}"
+            def turns(example: Example, queries: Sequence[Query], prompt=prompt):
+                first, *rest = queries
+                made = prompt(example, first)
+                if made is None:
+                    return [None] * len(queries)
+                chat = wrap if example.meta.get("chat", True) else None
+                later = [_turn(query, chat, between) for query in rest]
+                return [made, *later]
+
+            label = " · ".join(filter(None, (task, cache, strategy, mode)))
             for item, its in zip(items, keys, strict=True):
-                work = _work(item, prompt, lm=lm, grade=grade, way=way)
+                put = dict(lm=lm, grade=grade, way=way)
+                work = (
+                    _talk(item, turns, **put)
+                    if mode in TURNS
+                    else _work(item, prompt, **put)
+                )
                 tasks.append(Task(label, its, work))
         return run_tasks(tasks, journal=journal, observe=observe)
 
@@ -124,14 +158,36 @@ def _work(item: Item, prompt: Callable, *, lm: LanguageModel, grade: Grade, way:
             )
         )
         for query, made in zip(queries, prompts, strict=True):
-            told = {**example.meta, **query.meta, "answers": list(query.answers)}
-            if made is None:
-                yield {**told, "score": None, "skipped": "longer than the budget"}
-            else:
-                said = next(answers)
-                yield {**told, **said, "score": grade(query, said["prediction"])}
+            said = None if made is None else next(answers)
+            yield _record(example, query, said, grade)
 
     return work
+
+
+def _talk(item: Item, turns: Callable, *, lm: LanguageModel, grade: Grade, way: dict):
+    """One session an example. The turns before a missing one are gone through again,
+    so that what is asked of it is what an uninterrupted run asks."""
+
+    def work(missing: Sequence[int]) -> Iterable[Record]:
+        example = item.make()
+        queries = example.queries[: missing[-1] + 1]
+        prompts = turns(example, queries)
+        own = way["mode"] == "multi_turn_own"
+        put = dict(cache=way["cache"], questions=way["questions"], own=own)
+        skipped = prompts[0] is None
+        answers = prompts if skipped else converse(lm, prompts, **put)
+        for i, (query, said) in enumerate(zip(queries, answers, strict=True)):
+            if i in missing:
+                yield _record(example, query, said, grade)
+
+    return work
+
+
+def _record(example: Example, query: Query, said: Record | None, grade: Grade):
+    told = {**example.meta, **query.meta, "answers": list(query.answers)}
+    if said is None:
+        return {**told, "score": None, "skipped": "longer than the budget"}
+    return {**told, **said, "score": grade(query, said["prediction"])}
 
 
 def fingerprint(example: Example) -> str:
@@ -155,6 +211,23 @@ def chat_wrap(lm: LanguageModel) -> tuple[str, str]:
     return before, after
 
 
+def chat_between(lm: LanguageModel) -> str:
+    """What the model's template puts between an answer and the next message."""
+    roles = ("user", "assistant", "user")
+    said = lm.tokenizer.chat([{"role": r, "content": _MARK} for r in roles])
+    parts = said.split(_MARK)
+    require(len(parts) == 4, "this model's chat template changes its messages")
+    return parts[2]
+
+
+def _turn(query: Query, wrap: tuple[str, str] | None, between: str) -> Prompt:
+    """A question behind the answer to the one before."""
+    text = query.text
+    if wrap:
+        text = between + text.removesuffix(query.start) + wrap[1] + query.start
+    return Prompt("", text, query)
+
+
 def _wrapped(prompt: Prompt, wrap: tuple[str, str]) -> Prompt:
     """The start of the answer stays behind the template's own end."""
     start = prompt.query.start
@@ -165,27 +238,21 @@ def _wrapped(prompt: Prompt, wrap: tuple[str, str]) -> Prompt:
 
 
 def ways(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
-    """Records by model, cache and strategy, each under a name of what varies."""
+    """Records by model, cache, strategy and mode, named by those of them that vary."""
     found = []
-    told = sorted({(r["cache"], r["strategy"]) for r in records}, key=_seen(records))
-    caches, strategies = ({t[i] for t in told} for i in (0, 1))
-    models = by_model(records)
-    for (model, its), (cache, strategy) in itertools.product(models.items(), told):
-        mine = [r for r in its if (r["cache"], r["strategy"]) == (cache, strategy)]
+    found, told = [], list(dict.fromkeys(map(_way, records)))
+    varies = [len(set(values)) > 1 for values in zip(*told, strict=True)]
+    for (model, its), way in itertools.product(by_model(records).items(), told):
+        mine = [r for r in its if _way(r) == way]
         named = [model] if model else []
-        alone = len(told) == 1 and not model
-        named += [cache] if len(caches) > 1 or alone else []
-        named += [strategy] if len(strategies) > 1 else []
+        named += itertools.compress(way, varies)
         if mine:
-            found.append((", ".join(named), mine))
+            found.append((", ".join(named) or way[0], mine))
     return found
 
 
-def _seen(records: Sequence[Record]) -> Callable[[tuple], int]:
-    order: dict[tuple, int] = {}
-    for record in records:
-        order.setdefault((record["cache"], record["strategy"]), len(order))
-    return lambda way: order[way]
+def _way(record: Record) -> tuple[str, str, str]:
+    return record["cache"], record["strategy"], record.get("mode", "")
 
 
 def mean(records: Iterable[Record]) -> float | None:
@@ -211,6 +278,5 @@ def table(
         cells = [*cells, *([mean(mine)] if overall else [])]
         rows.append((name, *(show(c, ".1f", scale=100.0) for c in cells), str(skipped)))
     columns = ["way", *names.values(), *([overall] if overall else []), "skipped"]
-    asked = {r["questions"] for r in records}
-    notes = " ".join([note, *(NOTES[q] for q in sorted(asked))]).strip()
-    return Panel(title, tuple(columns), tuple(rows), notes)
+    told = " ".join([note, notes(records)]).strip()
+    return Panel(title, tuple(columns), tuple(rows), told)

@@ -160,7 +160,8 @@ class Ruler:
             good = [n for n, m in zip(lengths, means, strict=True)
                     if m is not None and 100 * m > self.threshold]  # fmt: skip
             effective = f"{max(good):,}" if good else f"under {lengths[0]:,}"
-            rows.append((way, *(_percent(m) for m in means), effective))
+            shown = [*means, *weighted(means)]
+            rows.append((way, *(_percent(m) for m in shown), effective))
             points = zip(lengths, means, strict=True)
             curves[way] = [(n, m) for n, m in points if m is not None]
             by_task = tuple(
@@ -172,10 +173,12 @@ class Ruler:
                     lines.append((f'"{way}"', task, n, round(score, 4), len(part)))
         note = (
             f"Effective length: the longest with a mean above {self.threshold:g} over "
-            f"the tasks asked ({len(self.tasks)} of {len(TASKS)}). "
+            f"the tasks asked ({len(self.tasks)} of {len(TASKS)}). wAvg weighs lengths "
+            "by their rank, the longest (inc) or the shortest (dec) the most. "
             f"{NOTES[self.questions]}"
         )
-        first = Panel("RULER", ("way", *titles, "effective"), tuple(rows), note)
+        columns = ("way", *titles, "wAvg inc", "wAvg dec", "effective")
+        first = Panel("RULER", columns, tuple(rows), note)
         header = ("way", "task", "length", "score", "n")
         csv = {"ruler.csv": to_csv(header, lines)}
         passing = {f"passes above {self.threshold:g}": self.threshold / 100}
@@ -185,6 +188,20 @@ class Ruler:
             drawn = figures.score_lines(curves, across="tokens", bounds=passing)
             pictures["ruler.png"] = drawn
         return Summary((first, *panels), pictures, csv)
+
+
+def weighted(means: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """wAvg (inc) and (dec): weights 1..n that grow, or fall, with the length.
+
+    None where a length has no score.
+    """
+    if any(m is None for m in means):
+        return None, None
+    ranks = range(1, len(means) + 1)
+    total = sum(ranks)
+    rising = sum(w * m for w, m in zip(ranks, means, strict=True)) / total
+    falling = sum(w * m for w, m in zip(reversed(ranks), means, strict=True)) / total
+    return rising, falling
 
 
 def _percent(value: float | None) -> str:

@@ -80,8 +80,8 @@ class Niah:
         kind = "number" if self.value == "numbers" else "uuid"
 
         def fact() -> tuple[str, list[str]]:
-            key = _uuid(rng) if self.key == "uuids" else _pair(rng, sample.source)
-            make = _uuid if self.value == "uuids" else _seven
+            key = random_uuid(rng) if self.key == "uuids" else _pair(rng, sample.source)
+            make = random_uuid if self.value == "uuids" else _seven
             return key, [make(rng) for _ in range(self.values)]
 
         def line(key: str, value: str) -> str:
@@ -100,21 +100,25 @@ class Niah:
 
         @functools.cache
         def other(_: int) -> str:
-            key = _uuid(others) if self.key == "uuids" else _pair(others, sample.source)
-            make = _uuid if self.value == "uuids" else _seven
+            key = (
+                random_uuid(others)
+                if self.key == "uuids"
+                else _pair(others, sample.source)
+            )
+            make = random_uuid if self.value == "uuids" else _seven
             return line(key, make(others))
 
         def build(units: int) -> Example:
             if self.hay == "essay":
                 parts = sample.source.prose(units)
                 at = [int(len(parts) * depth / 100) for depth in depths]
-                body = "".join(_insert(parts, at, [f"{x} " for x in lines]))
+                body = "".join(insert(parts, at, [f"{x} " for x in lines]))
             else:
                 noise = self.hay == "noise"
                 parts = [NOISE if noise else other(i) for i in range(units)]
                 places = random.Random(spread)
                 at = sorted(places.randint(0, units) for _ in lines)
-                body = "\n".join(_insert(parts, at, lines))
+                body = "\n".join(insert(parts, at, lines))
             opening = (
                 f"Some special magic {kind}s are hidden in the text below. Memorise "
                 "them; they will be asked for afterwards.\n"
@@ -151,7 +155,7 @@ def _query(
     )
 
 
-def _insert(parts: Sequence[str], at: Sequence[int], lines: Sequence[str]) -> list[str]:
+def insert(parts: Sequence[str], at: Sequence[int], lines: Sequence[str]) -> list[str]:
     """`parts` with each line before the part at its index, from the right."""
     found = list(parts)
     for place, text in reversed(list(zip(at, lines, strict=True))):
@@ -163,7 +167,7 @@ def _seven(rng: random.Random) -> str:
     return str(rng.randint(1_000_000, 9_999_999))
 
 
-def _uuid(rng: random.Random) -> str:
+def random_uuid(rng: random.Random) -> str:
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
@@ -174,9 +178,9 @@ def _pair(rng: random.Random, source: Source) -> str:
 def vt(sample: Sample, new_tokens: int = 30) -> Build:
     """A number handed from variable to variable; all five names are asked for."""
     rng = sample.rng("vt")
-    shot = "".join(_chain(rng, letters=3, hops=4, sentences=8))
-    lines, value, names = _chain_lines(rng, letters=5, hops=4)
-    text, start = _vt_question(value, len(names))
+    shot = "".join(chain_example(rng, letters=3, hops=4, sentences=8))
+    lines, value, names = chain_lines(rng, letters=5, hops=4)
+    text, start = vt_question(value, len(names))
     query = _query(text, start, tuple(names), new_tokens, gold="\n".join(lines))
     spread = rng.random()
 
@@ -188,12 +192,12 @@ def vt(sample: Sample, new_tokens: int = 30) -> Build:
             "Memorise and follow the chains of variable assignments hidden in the "
             f"following text.\n\n{shot}\n\n"
         )
-        return Example("\n".join(_insert(parts, at, lines)), (query,), opening)
+        return Example("\n".join(insert(parts, at, lines)), (query,), opening)
 
     return build
 
 
-def _chain_lines(rng: random.Random, *, letters: int, hops: int):
+def chain_lines(rng: random.Random, *, letters: int, hops: int):
     """(lines, value, names): the first takes a number, each next the one before."""
     names: list[str] = []
     while len(names) <= hops:
@@ -205,16 +209,18 @@ def _chain_lines(rng: random.Random, *, letters: int, hops: int):
     return lines, value, names
 
 
-def _chain(rng: random.Random, *, letters: int, hops: int, sentences: int) -> list[str]:
+def chain_example(
+    rng: random.Random, *, letters: int, hops: int, sentences: int
+) -> list[str]:
     """One worked example."""
-    lines, value, names = _chain_lines(rng, letters=letters, hops=hops)
+    lines, value, names = chain_lines(rng, letters=letters, hops=hops)
     parts = [FILLER[i % len(FILLER)] for i in range(sentences)]
     at = sorted(rng.randint(0, sentences) for _ in lines)
-    text, start = _vt_question(value, len(names))
-    return ["\n".join(_insert(parts, at, lines)), text, start, " " + " ".join(names)]
+    text, start = vt_question(value, len(names))
+    return ["\n".join(insert(parts, at, lines)), text, start, " " + " ".join(names)]
 
 
-def _vt_question(value: str, count: int) -> tuple[str, str]:
+def vt_question(value: str, count: int) -> tuple[str, str]:
     return (
         f"\nQuestion: Which variables are assigned the value {value} in this text?",
         f" Answer: These {count} variables are assigned the value {value}:",

@@ -67,19 +67,25 @@ class Said:
 
 @dataclass
 class Read:
-    """A text that was read, and the room behind it that no question may exceed."""
+    """A text that was read, and the tokens that no question may exceed."""
 
     lm: "Scripted"
     ids: list
     cache: str
     room: int
 
-    def generate(self, question, *, max_new_tokens):
-        asked = self.lm.tokenizer.encode(question)
-        assert len(asked) + max_new_tokens <= self.room
-        return self.lm.generate(
-            self.ids + asked, max_new_tokens=max_new_tokens, cache=self.cache
-        )
+    def generate(self, question, *, max_new_tokens, keep=False):
+        encode = self.lm.tokenizer.encode
+        ids = self.ids + encode(question)
+        assert len(ids) + max_new_tokens <= self.room
+        said = Said("")
+        if max_new_tokens:
+            said = self.lm.generate(
+                ids, max_new_tokens=max_new_tokens, cache=self.cache
+            )
+        if keep:
+            self.ids = ids + encode(said.text)
+        return said
 
 
 class Scripted:
@@ -107,7 +113,7 @@ class Scripted:
     def prefill(self, text, *, cache="full", room=0):
         ids = self.encode(text) if isinstance(text, str) else list(text)
         self.calls.append(("prefill", cache, len(ids), len(ids) + room))
-        return Read(self, ids, cache, room)
+        return Read(self, ids, cache, len(ids) + room)
 
     def generate(self, prompt, *, max_new_tokens, cache="full", room=0):
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt

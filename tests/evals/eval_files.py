@@ -75,6 +75,42 @@ def longbench_v2(path, lines=4):
     return path
 
 
+def labelled(path, lines=80):
+    """Texts of four labels that name their own, a tenth of them to ask about."""
+    rows = [
+        {"text": f"number {i} of the {MARKS[i % 4]} kind", "label": MARKS[i % 4]}
+        for i in range(lines)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def scbench(folder):
+    """Files of SCBench's kinds, two lines of two turns each."""
+    folder.mkdir()
+    turns = {
+        "kv": lambda m: (f"{m} key?", f"{m}-value"),
+        "prefix_suffix": lambda m: (f"Which begins with {m}?", f"{m}zz-tail"),
+        "vt": lambda m: (f"Variables of {m}?", [f"{m.upper()}A", f"{m.upper()}B"]),
+        "many_shot": lambda m: (f"{m} is", f"({m})"),
+        "mf": lambda m: (f"The {m} number is", 3 + len(m)),
+        "qa_eng": lambda m: (f"Who saw {m}?", ["no such one", f"the {m} man"]),
+        "qa_chn": lambda m: (f"{m}在哪里?", ["北京"]),
+        "choice_eng": lambda m: (f"What is {m}?", "B"),
+    }
+    for name, turn in turns.items():
+        rows = []
+        for i in range(2):
+            asked = [turn(mark) for mark in MARKS[2 * i : 2 * i + 2]]
+            more = {"options": ["w", "x", "y", "z"]} if name == "choice_eng" else {}
+            talk = [{"input": q, "answer": a, **more} for q, a in asked]
+            text = [5, 9, i] if name == "mf" else f"Text {i} of {name}. " * 9
+            rows.append({"id": i, "context": text, "multi_turns": talk})
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"scbench_{name}.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
 def nq_open(path, lines=6, documents=1):
     """A qa file of Lost in the Middle; `documents` = 1 is the oracle file."""
     rows = [

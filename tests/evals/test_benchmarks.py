@@ -17,7 +17,7 @@ from lclm.evals.longbench import LongBench
 from lclm.evals.longbench_tasks import BUCKETS, DATASETS, bucket
 from lclm.evals.longbench_v2 import LongBenchV2
 from lclm.evals.lost_in_the_middle import LostInTheMiddle, build_kv
-from lclm.evals.ruler import Ruler, make
+from lclm.evals.ruler import Ruler, make, weighted
 from lclm.evals.ruler_tasks import TASKS, Sample, Source
 
 
@@ -355,11 +355,23 @@ def test_the_effective_length_is_the_longest_that_still_counts(lm, source, tmp_p
     ]
     first, by_task = job.summary(records, trained=0).panels
     assert job.summary(records, trained=0).figures["ruler.png"].startswith(b"\x89PNG")
-    assert first.rows == (("full", "90.0", "86.0", "80.0", "8,192"),)
+    assert first.rows == (("full", "90.0", "86.0", "80.0", "83.7", "87.0", "8,192"),)
     assert [row[0] for row in by_task.rows] == ["vt", "fwe"]
     for record in records:
         record["score"] = 0.5
     assert job.summary(records, trained=0).panels[0].rows[0][-1] == "under 4,096"
+
+
+@pytest.mark.parametrize(
+    ("means", "rising", "falling"),
+    [
+        ((96.7, 95.8, 96.0, 95.9, 95.9, 94.4), 95.5, 96.1),  # Gemini-1.5-pro
+        ((96.6, 96.3, 95.2, 93.2, 87.0, 81.2), 89.0, 94.1),  # GPT-4-1106-preview
+    ],
+)
+def test_weighted_averages_are_those_that_ruler_published(means, rising, falling):
+    assert [round(x, 1) for x in weighted(means)] == [rising, falling]
+    assert weighted((0.5, None)) == (None, None)
 
 
 def test_bad_settings_of_ruler_are_refused(source, tokenizer, words):

@@ -55,7 +55,7 @@ def folder(tmp_path):
 def test_the_reader_takes_it_and_the_same_seed_gives_the_same_files(folder, tmp_path):
     job = LongBench(str(folder))
     assert job.title == "LongBench-mini"
-    assert sum(item.queries for item in job.items()) == 3 * 6
+    assert sum(item.queries for item in job.items()) == 3 * 7
     for example in job.examples(Letters()):
         for query in example.queries:
             assert job.grade(query, query.perfect) == 1
@@ -77,6 +77,17 @@ def test_answers_stand_in_their_contexts(folder):
     write(folder, examples=2, words=2000, datasets=("hotpotqa",))
     short, long = (line["length"] for line in lines(folder, "hotpotqa"))
     assert short < 1000 < long <= 2100
+
+
+def test_labelled_questions_fill_a_context_without_the_one_that_is_asked(tmp_path):
+    titles = {q[1]: a.title for a in qa.squad() for q in a.questions}
+    write(tmp_path, examples=3, words=200, datasets=("trec",))
+    for line in lines(tmp_path, "trec"):
+        shots = dict(re.findall(r"Question: (.*)\nType: (.*)", line["context"]))
+        assert 0 < line["length"] <= 200 and titles.items() > shots.items()
+        question = line["input"].removeprefix("Question: ").removesuffix("\nType:")
+        assert question not in shots and line["answers"] == [titles[question]]
+        assert line["all_classes"] == ["Homes", "Houses"]
 
 
 def test_an_abstract_is_taken_out_of_its_paragraph(folder):
@@ -138,5 +149,5 @@ def test_the_command_writes_a_folder_and_says_how_to_use_it(tmp_path, capsys):
     told = [f"--folder={folder}", "--examples=1", "--words=300"]
     assert main(["data", "longbench_mini", *told]) == 0
     assert "lclm eval longbench MODEL" in capsys.readouterr().out
-    assert len(list((folder / "data").iterdir())) == 6
+    assert len(list((folder / "data").iterdir())) == 7
     assert "not LongBench's own" in (folder / "README.md").read_text()
