@@ -84,7 +84,7 @@ def answer_all(
         alone = questions == "seen" or not prompt.before
         before = prompt.before + prompt.after if alone else prompt.before
         if before != held:
-            ids = _first(lm, before)
+            ids = first_tokens(lm, before)
             context = None
         if alone:
             new = prompt.query.max_new_tokens
@@ -107,7 +107,7 @@ def answer_all(
         }
 
 
-def _first(lm: LanguageModel, text: str) -> list[int]:
+def first_tokens(lm: LanguageModel, text: str) -> list[int]:
     """Tokens of a first text; a template's own start token is not said twice."""
     ids, start = lm.encode(text), lm.encode("")
     twice = start and ids[len(start) : 2 * len(start)] == start
