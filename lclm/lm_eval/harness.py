@@ -14,6 +14,7 @@ from lclm.errors import LclmError
 from lclm.language_model import LanguageModel
 from lclm.lm_eval.answers import Answers
 
+UNSAID = (None, "cuda:0")  # the device that lm-eval names where nobody did
 HELD = ("dtype", "packed", "quantize", "adapter", "rope")
 
 
@@ -25,6 +26,7 @@ class LclmHarness(Answers, LM):
     parts its arguments at commas, so what is no option here is taken for one of the
     policy (`cache=streaming:sinks=4,window=1020`). chunk, max_length, max_gen_toks:
     see `Answers`; dtype, packed, quantize, adapter and rope: see `lclm.load`.
+    max_batch_size bounds lm-eval's automatic batches, which there are none of here.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class LclmHarness(Answers, LM):
         **options: Any,
     ):
         LM.__init__(self)
-        if device is not None:
+        if device not in UNSAID:
             raise LclmError(
                 f"device {device!r}: JAX takes the devices it finds; leave device out, "
                 "and set JAX_PLATFORMS=cpu in the environment to keep to the CPU"

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -28,11 +29,11 @@ from lclm.language_model import LanguageModel
 from lclm.lm_eval import data
 from lclm.lm_eval.answers import Answers
 from lclm.lm_eval.requests import Generate, windows
-from tests.tiny import dense_nll
 
 GOLDEN = json.loads(
     (Path(__file__).parents[1] / "golden" / "lm_eval.json").read_text("utf-8")
 )
+PASS = 64  # one length, one program
 MILL = "THE MILL STOOD BY THE RIVER"
 
 
@@ -45,27 +46,24 @@ def asks(*args):
     return SimpleNamespace(args=args)
 
 
-def dense(lm, context, wanted):
-    text = np.array([lm.encode(context + wanted)])
-    nll = dense_nll(lm, text)[0, -len(wanted) :]
-    made = np.argmax(lm.logits(text)[0, -len(wanted) - 1 : -1], -1)
-    return -nll.sum(), bool((made == text[0, -len(wanted) :]).all())
-
-
-def pair_model(bos):
-    codec = Blocks(add_bos=bos)
-    named = {"encode": lambda text, first=True: codec.encode(text, bos=first and bos)}
-    return Answers(SimpleNamespace(tokenizer=codec, **named))
+def dense(lm, head, tail):
+    """Losses of `tail` behind `head`, and which are greedy, by one dense pass."""
+    text = [*head, *tail]
+    logits = lm.logits([text + [0] * (PASS - len(text))])[0, len(head) - 1 :]
+    logp = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(tail))]
+    return -logp[np.arange(len(tail)), tail], logp.argmax(-1) == tail
 
 
 def answers_of(lm, **options):
     return Answers(lm, chunk=16, **options)
 
 
-def test_contexts_are_cut_from_continuations_as_lm_eval_cuts_them():
+def test_contexts_are_cut_from_continuations_as_lm_eval_cuts_them(lm):
     assert len({len(v["head"]) for v in GOLDEN["pairs"]}) > 3
     for v in GOLDEN["pairs"]:
-        got = pair_model(v["bos"]).pair(v["context"], v["wanted"])
+        codec = Blocks(add_bos=v["bos"])
+        model = Answers(LanguageModel(lm.config, lm.params, codec))
+        got = model.pair(v["context"], v["wanted"])
         assert got == (tuple(v["head"]), tuple(v["tail"])), v
 
 
@@ -88,7 +86,7 @@ def test_the_score_of_ruler_is_that_of_lm_eval():
         assert metrics.contains_all(v["prediction"], v["wanted"]) == v["score"]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_continuations_have_the_likelihood_of_a_dense_pass(lm, batch_size, monkeypatch):
     read = []
     prefill = LanguageModel.prefill
@@ -102,31 +100,32 @@ def test_continuations_have_the_likelihood_of_a_dense_pass(lm, batch_size, monke
     pairs += [(MILL, " AND"), (contexts[1], " 7")]
     # What greedy decoding makes is likely; the letter behind it is not.
     row = lm.encode(MILL)
-    likely = lm.generate(row, 1).tokens
-    assert likely[0] < 128
-    pairs.append((MILL, chr(likely[0])))
+    likely = int(
+        jax.numpy.argmax(lm.logits([row + [0] * (PASS - len(row))])[0, len(row) - 1])
+    )
+    assert likely < 128
+    pairs.append((MILL, chr(likely)))
     model = answers_of(lm, batch_size=batch_size)
     got = model.loglikelihood([asks(*p) for p in pairs])
-    want = [dense(lm, *p) for p in pairs]
-    np.testing.assert_allclose([g[0] for g in got], [w[0] for w in want], rtol=1e-5)
-    assert [g[1] for g in got] == [w[1] for w in want]
+    want = [dense(lm, *map(lm.encode, p)) for p in pairs]
+    log_p = [-nll.sum() for nll, _ in want]
+    np.testing.assert_allclose([g[0] for g in got], log_p, rtol=1e-5)
+    assert [g[1] for g in got] == [hit.all() for _, hit in want]
     assert got[-1][1] and not got[0][1]
     assert len(read) == len(contexts), "a context was read twice"
 
 
 def test_a_text_has_the_likelihood_of_a_dense_pass(lm):
     (got,) = answers_of(lm).loglikelihood_rolling([asks(MILL)])
-    text = np.array([[256, *lm.encode(MILL)]])
-    assert got == pytest.approx(-dense_nll(lm, text).sum(), rel=1e-5)
-    pieces = windows(lm.encode(MILL), first=256, longest=12)
-    want = sum(
-        -dense_nll(lm, np.array([[*before, *scored]]))[0, -len(scored) :].sum()
-        for before, scored in pieces
-    )
+    tokens = lm.encode(MILL)
+    assert got == pytest.approx(-dense(lm, [256], tokens)[0].sum(), rel=1e-5)
+    pieces = windows(tokens, first=256, longest=12)
+    want = -sum(dense(lm, *piece)[0].sum() for piece in pieces)
     (got,) = answers_of(lm, max_length=12).loglikelihood_rolling([asks(MILL)])
     assert got == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_answers_stop_at_strings_and_equal_prompts_are_asked_once(lm, monkeypatch):
     asked = []
     generate = LanguageModel.generate
@@ -149,6 +148,7 @@ def test_answers_stop_at_strings_and_equal_prompts_are_asked_once(lm, monkeypatc
     assert one != two
 
 
+@pytest.mark.slow
 def test_every_policy_answers(lm):
     for cache in ("streaming:sinks=2,window=6", "recompute:window=16"):
         model = answers_of(lm, cache=cache)
@@ -173,6 +173,7 @@ def test_a_model_may_be_shorter_than_its_prompts(lm):
     assert model.prompt("", 3) == (256,)
 
 
+@pytest.mark.slow
 def test_behind_a_context_tokens_are_scored_row_by_row(lm):
     rows = [lm.encode("IT WAS LATE"), lm.encode("IT")]
     context = lm.prefill(rows, chunk=16, room=16)
@@ -180,11 +181,9 @@ def test_behind_a_context_tokens_are_scored_row_by_row(lm):
     for _ in range(2):  # the context stays as it is
         found = context.score(behind)
         for row, text, (nll, greedy) in zip(rows, behind, found, strict=True):
-            whole = np.array([[*row, *text]])
-            np.testing.assert_allclose(
-                nll, dense_nll(lm, whole)[0, -len(text) :], atol=3e-5
-            )
-            assert len(greedy) == len(text)
+            want, hits = dense(lm, row, text)
+            np.testing.assert_allclose(nll, want, atol=3e-5)
+            assert greedy.tolist() == hits.tolist()
     context.score([[], behind[0]], keep=True)
     assert context.session.start.tolist() == [len(rows[0]), len(rows[1]) + 9]
     for texts, text in (([[1]], "1 texts for 2 rows"), ([[], []], "every text")):

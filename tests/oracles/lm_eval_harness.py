@@ -146,9 +146,9 @@ def write_tasks(folder: Path) -> None:
     rng = random.Random(2)
     places = ["the mill", "the river", "a far hill", "the old stone bridge"]
     rows = []
-    for i in range(6):
-        said = " ".join(rng.choice(places) for _ in range(2 + 5 * i))
-        rows.append({"text": f"We saw {said}, and then", "label": i % 4, "all": places})
+    for i in range(4):
+        said = " ".join(rng.choice(places) for _ in range(2 + 6 * (i % 2)))
+        rows.append({"text": f"We saw {said}, and then", "label": i, "all": places})
     (folder / "rows.json").write_text(json.dumps(rows))
     shared = {
         "dataset_path": "json",
@@ -262,7 +262,7 @@ def main() -> None:
         hub.save_hf(folder, hub.Bundle(tiny.config, tiny.params, codec, folder))
         for cache in ("full", "streaming:sinks=4,window=60"):
             lm = lclm.load(folder)
-            print(f"tiny, {cache}: passkey {check_passkey(lm, folder, cache, (600,))}")
+            print(f"tiny, {cache}: passkey {check_passkey(lm, folder, cache, (400,))}")
     if args.model:
         lm = lclm.load(args.model)
         print(f"{args.model}: relative difference {check_requests(lm, batch_size=2)}")
