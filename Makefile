@@ -39,16 +39,17 @@ lint: $(VENV)/.requirements  ## ruff: rules and format
 bench: install $(ORACLES)/.llamacpp  ## side by side with PyTorch and llama.cpp
 	$(PY) -m benchmarks.compare --peer-python=$(ORACLE_PY) $(BENCH_ARGS)
 
-oracles: install $(ORACLES)/.requirements $(ORACLES)-megalodon/.requirements  ## regenerate the goldens and compare
+oracles: install $(ORACLES)/.requirements $(ORACLES)-megalodon/.requirements $(ORACLES)-lm-eval/.requirements  ## regenerate the goldens and compare
 	set -e; for family in make_goldens mamba mamba2 jamba longbench_metrics; do \
 	    $(ORACLE_PY) tests/oracles/$$family.py --check; done
 	$(ORACLES)-megalodon/bin/python tests/oracles/megalodon.py --check
+	PYTHONPATH=. $(ORACLES)-lm-eval/bin/python tests/oracles/lm_eval_harness.py --check
 
 kernels: $(KERNELS)/.requirements  ## the kernels' values, and their compilation for TPUs that are not here
 	$(KERNELS)/bin/python -m tests.kernels.prove $(KERNEL_ARGS)
 
 clean:  ## remove the environments (runs and the model cache stay)
-	rm -rf $(VENV) $(ORACLES) $(ORACLES)-megalodon $(KERNELS)
+	rm -rf $(VENV) $(ORACLES) $(ORACLES)-megalodon $(ORACLES)-lm-eval $(KERNELS)
 
 $(VENV)/.requirements: requirements.txt
 	python=$${PYTHON:-$$(tools/python.sh 3.12)} && "$$python" -m venv $(VENV)
@@ -67,6 +68,11 @@ $(ORACLES)/.requirements: requirements-oracles.txt
 $(ORACLES)-megalodon/.requirements: requirements-megalodon.txt
 	python=$$(tools/python.sh 3.12) && "$$python" -m venv $(ORACLES)-megalodon
 	$(ORACLES)-megalodon/bin/python $(PIP) -r $<
+	touch $@
+
+$(ORACLES)-lm-eval/.requirements: requirements-lm-eval.txt requirements.txt
+	python=$$(tools/python.sh 3.12) && "$$python" -m venv $(ORACLES)-lm-eval
+	$(ORACLES)-lm-eval/bin/python $(PIP) -r $<
 	touch $@
 
 $(KERNELS)/.requirements: requirements-kernels.txt

@@ -99,6 +99,27 @@ class Context:
             raise LclmError("one token leaves nothing to predict: give 2 or more")
         return self.session.fork().nll(rows)
 
+    def score(
+        self, texts: Sequence[Sequence[int]], *, keep: bool = False
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Losses of a text behind each row, and which tokens greedy decoding makes.
+
+        texts: token ids, a text for each row of the context; they may differ in length.
+        For each, float32 [T] nats, the first token's given the context alone, and bool
+        [T]. With `keep` the texts are read into the context itself, without a copy of
+        its cache; `rollback` takes them back.
+        """
+        if len(texts) != self.session.rows:
+            raise LclmError(
+                f"{len(texts)} texts for {self.session.rows} rows: give one for each"
+            )
+        rows = [self.lm._tokens(t)[0].tolist() if len(t) else [] for t in texts]
+        if not any(rows):
+            raise LclmError("every text is empty: give at least one token")
+        session = self.session if keep else self.session.fork()
+        nll, greedy = session.score(rows)
+        return [(nll[b, : len(r)], greedy[b, : len(r)]) for b, r in enumerate(rows)]
+
     def save(self, file: str | Path) -> None:
         """Write the compressed cache to one safetensors file."""
         snapshot.save(file, self.session, self.stats, self.single)

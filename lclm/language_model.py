@@ -97,6 +97,7 @@ class LanguageModel:
         self.params = params
         self.tokenizer = tokenizer
         self.dtype = dtype
+        self.name = name
         self.last_stats = Stats()
         # A CPU converts bfloat16 activations at every step; there they stay float32.
         activations = jnp.float32 if jax.default_backend() == "cpu" else dtype
@@ -116,12 +117,14 @@ class LanguageModel:
         cache: Policy = "full",
         chunk: int = 512,
         *,
+        room: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """float32 [B, T-1]: loss in nats of each next token under a cache policy.
 
         Every token is read by the policy's own rule whatever the chunk; policies that
-        compact do so at chunk ends. `progress` is told the tokens read so far.
+        compact do so at chunk ends. The cache has room for `room` more tokens: texts
+        whose sums agree share programs. `progress` is told the tokens read so far.
         """
         tokens, policy = self._tokens(tokens), self._policy(cache)
         kept = policy.kept
@@ -141,7 +144,11 @@ class LanguageModel:
             held = 0
         else:
             session = Session(
-                self._engine, policy, rows=rows, length=length - 1, chunk=chunk
+                self._engine,
+                policy,
+                rows=rows,
+                length=length - 1 + room,
+                chunk=chunk,
             )
             out = session.nll(tokens, progress)
             kept, held = session.policy.kept, measured_bytes(session.caches)

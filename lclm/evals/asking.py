@@ -105,7 +105,7 @@ def answer_all(
         alone = questions == "seen" or not prompt.before
         before = prompt.before + prompt.after if alone else prompt.before
         if before != held:
-            ids = _first(lm, before)
+            ids = first_tokens(lm, before)
             context = None
         if alone:
             new = prompt.query.max_new_tokens
@@ -144,7 +144,7 @@ def converse(
     start = time.perf_counter()
     first = prompts[0]
     together = questions == "seen" or not first.before
-    ids = _first(lm, first.before + first.after if together else first.before)
+    ids = first_tokens(lm, first.before + first.after if together else first.before)
     turns = ["" if together and p is first else p.after for p in prompts]
     lefts = [turn + _left(p) for turn, p in zip(turns, prompts, strict=True)]
     read, new = len(ids), sum(p.query.max_new_tokens for p in prompts)
@@ -172,7 +172,7 @@ def _left(prompt: Prompt) -> str:
     return gap + prompt.query.perfect
 
 
-def _first(lm: LanguageModel, text: str) -> list[int]:
+def first_tokens(lm: LanguageModel, text: str) -> list[int]:
     """Tokens of a first text; a template's own start token is not said twice."""
     ids, start = lm.encode(text), lm.encode("")
     twice = start and ids[len(start) : 2 * len(start)] == start

@@ -9,7 +9,7 @@ from jax import lax
 from lclm import sharding
 from lclm.errors import LclmError
 from lclm.ops.int8 import Int8Weight
-from lclm.typing import Array, Float, Int
+from lclm.typing import Array, Bool, Float, Int
 
 
 def token_nll(
@@ -30,17 +30,46 @@ def token_nll(
     for a chunk < 1 or a softcap <= 0.
     """
     _check(chunk, softcap)
-    batch, time, width = hidden.shape
-    count = batch * time
+    flat, goals = _pieces(hidden, targets, chunk)
+    loss = _nll(flat, table, goals, softcap)
+    return loss.reshape(-1)[: targets.size].reshape(targets.shape)
+
+
+def token_scores(
+    hidden: Float[Array, "B T D"],
+    table: Float[Array, "V D"] | Int8Weight,
+    targets: Int[Array, "B T"],
+    *,
+    chunk: int = 256,
+    softcap: float | None = None,
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """`token_nll`, and whether each target is the token that greedy decoding takes.
+
+    Of tokens that are equally likely it takes the first. Raises as `token_nll`.
+    """
+    _check(chunk, softcap)
+
+    def step(args):
+        rows, goals = args
+        logits = _logits(rows, table, softcap)
+        own = jnp.take_along_axis(logits, goals[:, None], axis=-1, mode="clip")
+        nll = jax.nn.logsumexp(logits, axis=-1) - own[:, 0]
+        return nll, jnp.argmax(logits, axis=-1) == goals
+
+    found = lax.map(step, _pieces(hidden, targets, chunk))
+    nll, greedy = (x.reshape(-1)[: targets.size].reshape(targets.shape) for x in found)
+    return nll, greedy
+
+
+def _pieces(hidden: Array, targets: Array, chunk: int) -> tuple[Array, Array]:
+    """Tokens as [n, chunk, D] and their targets [n, chunk], -1 behind the last."""
+    count, width = targets.size, hidden.shape[-1]
     chunk = min(chunk, count)
-    spare = -count % chunk
     flat, goals = hidden.reshape(count, width), targets.reshape(count)
-    if spare:
+    if spare := -count % chunk:
         flat = jnp.pad(flat, ((0, spare), (0, 0)))
         goals = jnp.pad(goals, (0, spare), constant_values=-1)
-    flat = flat.reshape(-1, chunk, width)
-    loss = _nll(flat, table, goals.reshape(-1, chunk), softcap)
-    return loss.reshape(-1)[:count].reshape(batch, time)
+    return flat.reshape(-1, chunk, width), goals.reshape(-1, chunk)
 
 
 def weighted_nll(

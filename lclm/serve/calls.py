@@ -16,7 +16,7 @@ from lclm.blocks.layer import each_cache
 from lclm.cache.base import Cache, CachePolicy, Layer, layers_of
 from lclm.config import ModelConfig
 from lclm.models.decoder import Decoder, loss_table, unembed
-from lclm.ops.loss import token_nll
+from lclm.ops.loss import token_nll, token_scores
 from lclm.ops.sampling import sample
 from lclm.typing import Array, Leaf, Params
 
@@ -138,6 +138,22 @@ def read_nll(weights, caches, last, targets, chunk: Chunk, *, how: How):
         own = jnp.concatenate([first, nll[:, :-1]], 1)
         caches = _observe(caches, own, chunk.positions, how)
     return caches, _final(hidden, last, chunk), nll
+
+
+@functools.partial(jax.jit, static_argnames="how", donate_argnames=("caches", "last"))
+def read_scored(weights, caches, last, chunk: Chunk, *, how: How):
+    """Read a chunk; each of its tokens' loss, and whether greedy decoding makes it."""
+    hidden, caches = _forward(weights, caches, chunk, how)
+    own, greedy = token_scores(
+        jnp.concatenate([last[:, None], hidden[:, :-1]], 1),
+        loss_table(how.config, weights["model"], how.dtype),
+        chunk.tokens,
+        chunk=NLL_TOKENS,
+        softcap=how.config.final_softcap,
+    )
+    if how.policy.needs.nll:
+        caches = _observe(caches, own, chunk.positions, how)
+    return caches, _final(hidden, last, chunk), own, greedy
 
 
 def _final(hidden, last, chunk: Chunk) -> Array:

@@ -179,6 +179,25 @@ class Session:
                 progress(done)
         return np.concatenate(losses, 1)
 
+    def score(self, rows: Texts) -> tuple[np.ndarray, np.ndarray]:
+        """(float32, bool) [B, T]: each token's loss, and if greedy decoding makes it.
+
+        The tokens are read. Rows may differ in length, T is the longest; behind a row's
+        end both are noise. The first token is scored by what was read before it.
+        """
+        found = []
+        lengths = np.array([len(r) for r in rows], np.int32)
+        total = jnp.asarray(self.start + lengths)
+        for tokens, count in self._chunks(rows):
+            chunk = Chunk(tokens, jnp.asarray(self.start), jnp.asarray(count), total)
+            self.caches, self.last, *scores = calls.read_scored(
+                self.engine.weights, self.caches, self.last, chunk, how=self.how
+            )
+            found.append([np.asarray(x) for x in scores])
+            self._advance(count)
+        nll, greedy = (np.concatenate(x, 1) for x in zip(*found, strict=True))
+        return nll[:, : lengths.max()], greedy[:, : lengths.max()]
+
     def decode(
         self,
         active: np.ndarray,
