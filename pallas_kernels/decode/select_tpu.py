@@ -76,9 +76,15 @@ def _best(count, score, out, key, place):
     least = lax.fori_loop(0, 32, bit, jnp.full((ROWS, 1), _LEAST, jnp.int32))
     equal = count - total(lambda x: x > least)
     _places(key, place, least, equal)
-    for row in range(ROWS):
-        for first in range(0, out.shape[1], LANES):
-            out[pl.ds(row, 1), pl.ds(first, LANES)] = _listed(place, row, first)
+    parts = out.shape[1] // LANES
+
+    def part(i, carry):
+        row, first = lax.div(i, parts), lax.rem(i, parts) * LANES
+        at = pl.ds(pl.multiple_of(first, LANES), LANES)
+        out[pl.ds(row, 1), at] = _listed(place, row, first)
+        return carry
+
+    lax.fori_loop(0, ROWS * parts, part, 0)
 
 
 def _places(key, place, least, equal):
@@ -106,10 +112,10 @@ def _places(key, place, least, equal):
     lax.fori_loop(0, key.shape[1] // LANES, some, (none, none))
 
 
-def _listed(place, row: int, first: int):
+def _listed(place, row, first):
     """[1, LANES]: how many running sums of a row are at most `first` and so on."""
     shape = (LANES, LANES)
-    number = lax.broadcasted_iota(jnp.int32, shape, 0).astype(jnp.float32) + first
+    number = (lax.broadcasted_iota(jnp.int32, shape, 0) + first).astype(jnp.float32)
 
     def some(i, sums):
         at = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)

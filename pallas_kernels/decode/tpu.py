@@ -102,6 +102,8 @@ def _part(k, v, rows: int) -> int:
     """Slots whose scores are held at once, a power of 2."""
     groups = max(x.shape[3] // x.group[1] if hasattr(x, "open") else 1 for x in (k, v))
     most = min(SCORES // rows, GROUPED // (rows * groups))
+    if jnp.float32 in (k.dtype, v.dtype):  # whose exact products take more registers
+        most = min(most, RUN)
     return max(LANES, 1 << most.bit_length() - 1)
 
 
