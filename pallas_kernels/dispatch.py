@@ -10,6 +10,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,15 +34,35 @@ class Call:
 
 
 @dataclasses.dataclass(frozen=True)
+class Decode:
+    """The same of attention over the buffers `k` and `v` of a cache.
+
+    sums: column sums are asked for; page, count: of pages that are listed, if any.
+    """
+
+    q_shape: tuple[int, ...]
+    k: Any
+    v: Any
+    platform: str
+    sums: bool = False
+    page: int | None = None
+    count: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Implementation:
     """Where it is (`module:name`) and why it would refuse a call.
 
-    `backward` is where its gradients are, for one whose parts can be joined.
+    `backward` is where its gradients are, for one whose parts can be joined; `pages` is
+    where it reads listed pages, and `best` where it chooses them, for one that attends
+    to caches.
     """
 
     target: str
-    supports: Callable[[Call], str | None]
+    supports: Callable[[Any], str | None]
     backward: str | None = None
+    pages: str | None = None
+    best: str = "pallas_kernels.decode.pages:_best"
 
     def load(self) -> Callable:
         """The function itself."""
@@ -52,6 +73,16 @@ class Implementation:
         if self.backward is None:
             raise ValueError(f"{self.target} has no backward of its own; pass None")
         return _load(self.backward)
+
+    def load_pages(self) -> Callable:
+        """Its attention over listed pages of a cache."""
+        if self.pages is None:
+            raise ValueError(f"{self.target} reads no listed pages; pass None")
+        return _load(self.pages)
+
+    def load_best(self) -> Callable:
+        """Its choice of the largest of many scores."""
+        return _load(self.best)
 
 
 def _load(target: str) -> Callable:
@@ -91,6 +122,24 @@ def _mosaic_gpu(call: Call) -> str | None:
     return gpu.refuses(call)
 
 
+def _decode_tpu(call: Decode) -> str | None:
+    if call.platform != "tpu":
+        return f"it runs on tpu, and this is {call.platform}"
+    from pallas_kernels.decode import tpu
+
+    return tpu.refuses(call)
+
+
+def _decode_gpu(call: Decode) -> str | None:
+    if call.platform != "gpu":
+        return f"it runs on gpu, and this is {call.platform}"
+    try:
+        from pallas_kernels.decode import gpu
+    except ImportError as error:
+        return f"this JAX has no Mosaic GPU ({error})"
+    return gpu.refuses(call)
+
+
 # In the order in which they are tried. The kernels stand behind "xla", so they run by
 # name only, until `make kernels` has compiled them for every generation and a device
 # has run them.
@@ -114,19 +163,41 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 
 
-def select(call: Call, implementation: str | None) -> Implementation:
+# Attention over caches, in the same order and by the same rule.
+DECODE: dict[str, Implementation] = {
+    "xla": Implementation(
+        "pallas_kernels.decode.cached:attend",
+        lambda call: None,
+        pages="pallas_kernels.decode.pages:attend_pages",
+    ),
+    "mosaic_tpu": Implementation(
+        "pallas_kernels.decode.tpu:attend",
+        _decode_tpu,
+        pages="pallas_kernels.decode.tpu:attend_pages",
+        best="pallas_kernels.decode.select_tpu:best",
+    ),
+    "mosaic_gpu": Implementation(
+        "pallas_kernels.decode.gpu:attend",
+        _decode_gpu,
+        pages="pallas_kernels.decode.gpu:attend_pages",
+    ),
+}
+
+
+def select(call: Call | Decode, implementation: str | None) -> Implementation:
     """What runs `call`; ValueError if none, or not the named one, can run."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    known = DECODE if isinstance(call, Decode) else IMPLEMENTATIONS
+    if implementation is not None and implementation not in known:
         raise ValueError(
             f"implementation={implementation!r}: this build has "
-            f"{sorted(IMPLEMENTATIONS)}; name one of them or pass None"
+            f"{sorted(known)}; name one of them or pass None"
         )
-    names = IMPLEMENTATIONS if implementation is None else [implementation]
+    names = known if implementation is None else [implementation]
     reasons = []
     for name in names:
-        reason = IMPLEMENTATIONS[name].supports(call)
+        reason = known[name].supports(call)
         if reason is None:
-            return IMPLEMENTATIONS[name]
+            return known[name]
         _LOG.debug("attention on %s: %s refuses: %s", call.platform, name, reason)
         reasons.append(f"{name}: {reason}")
     raise ValueError(

@@ -13,7 +13,11 @@ from lclm.ops.precision import wide
 from lclm.typing import Array, Leaf
 from pallas_kernels import mask as masks
 from pallas_kernels.attention import attention, merge
-from pallas_kernels.decode import cached_attention, column_sums
+from pallas_kernels.decode import (
+    attention_and_sums,
+    cached_attention,
+    column_sums,
+)
 
 
 def new_tokens(heads: Heads, step: Step, layer: Layer, *, rotated: bool = True) -> KV:
@@ -52,14 +56,19 @@ def absolute(
     q = step.rotate(heads.q, spec.rope)
     new = new_tokens(heads, step, layer)
     old_keys = stored_keys(kv, step, layer)
-    if layer.mask is None:
-        past = over_slots(q, old_keys, kv, step, layer, window=spec.window)
-        inside = within_call(q, new, step, layer, window=spec.window)
-    else:
+    mass = None
+    if layer.mask is not None:
         past = under_mask(q, dataclasses.replace(kv, k=old_keys), step, layer)
         inside = under_mask(q, new, step, layer)
+    else:
+        inside = within_call(q, new, step, layer, window=spec.window)
+        if needs.last and q.shape[1] == 1:
+            *both, mass = with_mass(q, old_keys, kv, inside, sink, step, layer)
+            past = both[0], both[1]
+        else:
+            past = over_slots(q, old_keys, kv, step, layer, window=spec.window)
     out, lse = combine([past, inside], sink)
-    evidence = _evidence(q, old_keys, kv, new, lse, heads, step, layer, needs)
+    evidence = _evidence(q, old_keys, kv, new, lse, heads, step, layer, needs, mass)
     if spec.rope is not None and spec.rope.dynamic:
         new = new_tokens(heads, step, layer, rotated=False)
     return out, evidence, new
@@ -69,7 +78,6 @@ def over_slots(
     q: Array, keys: Leaf, kv: KV, step: Step, layer: Layer, *, window: int | None
 ) -> tuple[Array, Array]:
     """(out, lse) of the call's queries over stored slots."""
-    used = jnp.minimum(jnp.max(step.start), kv.k.shape[2])
     return cached_attention(
         q,
         keys,
@@ -79,7 +87,43 @@ def over_slots(
         window=window,
         scale=layer.spec.scale,
         softcap=layer.spec.softcap,
-        length=used,
+        length=_used(kv, step),
+    )
+
+
+def _used(kv: KV, step: Step) -> Array:
+    """Slots [B] from which on a row has none."""
+    return jnp.minimum(step.start, kv.k.shape[2])
+
+
+def with_mass(
+    q: Array,
+    keys: Leaf,
+    kv: KV,
+    inside: tuple[Array, Array],
+    sink: Array | None,
+    step: Step,
+    layer: Layer,
+) -> tuple[Array, Array, Array]:
+    """(out, lse) of single tokens over stored slots, and what each slot gets of them.
+
+    `inside` is their attention to themselves, which with `sink` is in the denominators
+    of the column sums.
+    """
+    beside = inside[1]
+    if sink is not None:
+        beside = jnp.logaddexp(beside, wide(sink)[None, :, None])
+    return attention_and_sums(
+        q,
+        keys,
+        kv.v,
+        step.positions,
+        kv.pos,
+        beside,
+        window=layer.spec.window,
+        scale=layer.spec.scale,
+        softcap=layer.spec.softcap,
+        length=_used(kv, step),
     )
 
 
@@ -194,13 +238,14 @@ def _evidence(
     step: Step,
     layer: Layer,
     needs: Needs,
+    mass_old: Array | None,
 ) -> Evidence:
-    if not needs.last:
-        mass_old = mass_new = None
-    else:
+    mass_new = None
+    if needs.last:
         q_last, lse_last, at = _last_queries(q, lse, step, needs.last)
         shared = {"scale": layer.spec.scale, "softcap": layer.spec.softcap}
-        mass_old = column_sums(q_last, old_keys, lse_last, at, kv.pos, **shared)
+        if mass_old is None:
+            mass_old = column_sums(q_last, old_keys, lse_last, at, kv.pos, **shared)
         mass_new = column_sums(q_last, new.k, lse_last, at, new.pos, **shared)
     return Evidence(
         mass_old,

@@ -54,16 +54,24 @@ def refuses(call: dispatch.Call) -> str | None:
             return f"head width {width} is not a multiple of 16 up to {WIDTHS}"
     if 0 in (*call.q_shape, *call.kv_shape):
         return f"q {call.q_shape} or k {call.kv_shape} is empty"
-    mesh = jax.sharding.get_abstract_mesh()
-    shared = set(mesh.axis_names) - set(mesh.manual_axes)
-    if any(mesh.shape[name] > 1 for name in shared):
-        return f"mesh axes {sorted(shared)} share its arrays outside shard_map"
+    spread = outside_shard_map()
+    if spread is not None:
+        return spread
     for c in xla.head_classes(call.spec, call.q_shape[2], call.kv_shape[2]):
         own, _ = _packed(len(c.query), len(c.kv))
         T, S = call.q_shape[1], call.kv_shape[1]
         found = blocks.walk(c.spec.mask, T, S, call.spec.offset, own)
         if isinstance(found, str):
             return found
+    return None
+
+
+def outside_shard_map() -> str | None:
+    """Why a mesh hinders a kernel here, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shared = set(mesh.axis_names) - set(mesh.manual_axes)
+    if any(mesh.shape[name] > 1 for name in shared):
+        return f"mesh axes {sorted(shared)} share its arrays outside shard_map"
     return None
 
 

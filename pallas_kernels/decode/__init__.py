@@ -1,6 +1,10 @@
 """Attention of a few queries over a cache buffer; inference only."""
 
-from pallas_kernels.decode.cached import cached_attention, column_sums
+from pallas_kernels.decode.cached import (
+    attention_and_sums,
+    cached_attention,
+    column_sums,
+)
 from pallas_kernels.decode.pages import (
     Selection,
     no_bounds,
@@ -13,6 +17,7 @@ from pallas_kernels.decode.pages import (
 
 __all__ = [
     "Selection",
+    "attention_and_sums",
     "cached_attention",
     "column_sums",
     "no_bounds",

@@ -5,7 +5,9 @@ Slots may be in any order. A query at position p sees slot c when
 
 Keys and values are arrays [B, K, C, H], or what stands for one in a smaller form: it
 has `shape`, `ndim` and `dtype` of that array, and `open(start, size, dtype)` gives its
-slots [start, start + size). Such a buffer is only ever opened a tile at a time.
+slots [start, start + size). Such a buffer is only ever opened a tile at a time. A
+kernel takes one of codes, value = zero + code * scale: `codes` uint8 [B, K, C, H] of
+`bits` 8; `scale` and `zero` [B, K, C / t, H / h] for each of its `group` (t, h).
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention.spec import wide, wide_dtype
 from pallas_kernels.attention.xla import HIDDEN, compute_dtype
 
@@ -70,22 +73,83 @@ def cached_attention(
     softcap: float | None = None,
     sink: jax.Array | None = None,
     length: jax.Array | int | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of `q` [B, T, N, H] over a cache `k`, `v` [B, K, C, H].
 
     `q_pos` int32 [B, T] (-1: padding), `k_pos` int32 [B, 1 or K, C] (-1: empty).
-    `length`, which may be traced, promises that slots from it on are empty, so the
-    work follows the fill. `sink` [N] is a learned logit in the denominator. Returns
-    the output [B, T, N, H] in the type of `v` and the float32 log of the denominator
-    [B, N, T]; rows that see nothing give 0 and -inf. Raises ValueError on shapes that
-    do not fit together.
+    `length`, one or [B], which may be traced, promises that slots from it on are empty,
+    so the work follows the fill. `sink` [N] is a learned logit in the denominator.
+    Returns the output [B, T, N, H] in the type of `v` and the float32 log of the
+    denominator [B, N, T]; rows that see nothing give 0 and -inf. `implementation` is a
+    name of `dispatch.DECODE`, None the first that takes the call. Raises ValueError on
+    shapes that do not fit together, and if the one that is named refuses.
     """
     _check(q, k, v, q_pos, k_pos)
     _check_options(window, sink, q.shape[2])
-    B, T, N, H = q.shape
+    call = dispatch.Decode(q.shape, k, v, dispatch.platform())
+    run = dispatch.select(call, implementation).load()
+    scoring = _scoring(q, k, q_pos, window, scale, softcap)
+    out, lse, _ = run(scoring, q, k, v, k_pos, length=length)
+    return (out, lse) if sink is None else with_sink(out, lse, sink)
+
+
+def attention_and_sums(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_pos: jax.Array,
+    k_pos: jax.Array,
+    beside: jax.Array,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    length: jax.Array | int | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`cached_attention`, and the attention probability that each slot gets from `q`.
+
+    `beside` [B, N, T] is the log of what the queries see outside of the cache (their
+    own tokens, a sink; -inf: nothing), which stands in the denominators of the sums
+    [B, K, C] alone: over the queries and the query heads of a kv head, as those of
+    `column_sums` for the merged lse.
+    """
+    _check(q, k, v, q_pos, k_pos)
+    _check_options(window, None, q.shape[2])
+    call = dispatch.Decode(q.shape, k, v, dispatch.platform(), sums=True)
+    run = dispatch.select(call, implementation).load()
+    scoring = _scoring(q, k, q_pos, window, scale, softcap)
+    return run(scoring, q, k, v, k_pos, length=length, beside=beside)
+
+
+def _scoring(q, k, q_pos, window, scale, softcap) -> _Scoring:
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return _Scoring(q_pos, window, scale, softcap, q.shape[2] // k.shape[1])
+
+
+def with_sink(out, lse, sink):
+    """`out` and `lse` with exp(sink) [N] in the denominators."""
+    total = jnp.logaddexp(lse, wide(sink)[None, :, None])
+    some = jnp.where(jnp.isfinite(total), total, 0.0)
+    weight = jnp.exp(lse - some).swapaxes(1, 2)[..., None]
+    return (wide(out) * weight).astype(out.dtype), total
+
+
+def attend(scoring: _Scoring, q, k, v, k_pos, *, length=None, beside=None):
+    """Out and lse of `cached_attention`, and column sums if there is a `beside`."""
+    out, lse = _attend(scoring, q, k, v, k_pos, length)
+    if beside is None:
+        return out, lse, None
+    whole = jnp.logaddexp(lse, beside)
+    return out, lse, _column_sums(scoring, q, k, whole, k_pos)
+
+
+def _attend(scoring: _Scoring, q, k, v, k_pos, length):
+    B, T, N, _ = q.shape
     C = k.shape[2]
-    scale = H**-0.5 if scale is None else scale
-    scoring = _Scoring(q_pos, window, scale, softcap, N // k.shape[1])
+    if length is not None:
+        length = jnp.max(jnp.asarray(length))
     rows = scoring.rows(q)
     if T > 1 or _closed(k):
         block = _block(B * N * T, C, closed=_closed(k))
@@ -98,18 +162,13 @@ def cached_attention(
             lambda: _whole(scoring, rows, k, v, k_pos),
             lambda: _blocks(scoring, rows, k, v, k_pos, length, _WHOLE // 2),
         )
-    return _finish(state, (B, T, N), v.dtype, sink)
+    return _finish(state, (B, T, N), v.dtype)
 
 
-def _finish(state, shape: tuple[int, int, int], dtype, sink):
+def _finish(state, shape: tuple[int, int, int], dtype):
     """Output and log of the denominator from rows (top, total, accumulated values)."""
     B, T, N = shape
     top, total, acc = (x.reshape(B, N, T, *x.shape[3:]) for x in state)
-    if sink is not None:
-        own = wide(sink)[None, :, None]
-        new = jnp.maximum(top, own)
-        fade = jnp.exp(top - new)
-        top, total, acc = new, total * fade + jnp.exp(own - new), acc * fade[..., None]
     some = total > 0
     total = jnp.where(some, total, 1.0)
     out = (acc / total[..., None]).transpose(0, 2, 1, 3).astype(dtype)
@@ -231,10 +290,13 @@ def column_sums(
     """
     _check(q, k, k, q_pos, k_pos)
     _check_options(window, None, q.shape[2])
-    B, W, N, H = q.shape
+    scoring = _scoring(q, k, q_pos, window, scale, softcap)
+    return _column_sums(scoring, q, k, lse, k_pos)
+
+
+def _column_sums(scoring: _Scoring, q, k, lse, k_pos):
+    B, W, N, _ = q.shape
     K, C = k.shape[1], k.shape[2]
-    scale = H**-0.5 if scale is None else scale
-    scoring = _Scoring(q_pos, window, scale, softcap, N // K)
     compute = compute_dtype(k.dtype)
     rows = scoring.rows(q).astype(compute)
     lse = jnp.where(jnp.isfinite(lse), lse, -HIDDEN).reshape(B, K, -1, 1)

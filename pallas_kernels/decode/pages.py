@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention.spec import wide
 from pallas_kernels.decode.cached import (
     _block,
@@ -28,7 +29,10 @@ from pallas_kernels.decode.cached import (
     _closed,
     _finish,
     _Scoring,
+    _scoring,
+    attend,
     cached_attention,
+    with_sink,
 )
 
 REDUCTIONS = ("max", "mean", "union")
@@ -152,6 +156,15 @@ def select_pages(
     n is `choice.count`, times the query heads of a kv head for their union; at most
     all pages.
     """
+    return _select(q, bounds, q_pos, choice, _best)
+
+
+def _most(choice: Selection, group: int, pages: int) -> int:
+    """Pages that are listed for a query."""
+    return min(choice.count * (group if choice.reduce == "union" else 1), pages)
+
+
+def _select(q, bounds, q_pos, choice: Selection, choose):
     score = upper_bounds(q, bounds)
     pages, group = score.shape[-1], score.shape[3]
     number = lax.iota(jnp.int32, pages)
@@ -163,11 +176,11 @@ def select_pages(
         score = score.max(3, keepdims=True)
     score = jnp.where(forced, jnp.inf, score)
     score = jnp.where(number <= own, score, -jnp.inf)
-    best = _best(score, min(choice.count, pages))
+    best = choose(score, min(choice.count, pages))
     if choice.reduce != "union":
         return best[:, :, :, 0]
     some = _members(best, pages).any(3)
-    return _best(jnp.where(some, 0.0, -jnp.inf), min(group * choice.count, pages))
+    return choose(jnp.where(some, 0.0, -jnp.inf), _most(choice, group, pages))
 
 
 def _best(score, count: int):
@@ -210,14 +223,16 @@ def paged_attention(
     softcap: float | None = None,
     sink: jax.Array | None = None,
     length: jax.Array | int | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of `q` [B, T, N, H] over the pages each query chooses.
 
     The cache `k`, `v` [B, K, C, H] holds position p in slot p, and `bounds` are those
     of its pages; slots from `length`, int or [B], on are empty (a query's own key may
     be among them: bounds are asked of the pages before its own). One query a row reads
-    the bounds and its pages, nothing else; several read the cache in blocks. Other
-    arguments, the result and errors as in `cached_attention`.
+    the bounds and its pages, nothing else; several read the cache in blocks, which is
+    XLA's form whatever `implementation` says. Other arguments, the result and errors as
+    in `cached_attention`.
     """
     _check_pages(q, k, v, bounds, q_pos, choice)
     _check_options(None, sink, q.shape[2])
@@ -227,12 +242,20 @@ def paged_attention(
     if choice.count * choice.page >= C:
         places = _before(length, lax.iota(jnp.int32, C)[None, None])
         used = jnp.max(length)
+        options["implementation"] = implementation
         return cached_attention(q, k, v, q_pos, places, length=used, **options)
     if q.shape[1] == 1:
-        index = select_pages(q, bounds, q_pos, choice)[:, 0]
-        k, v, places = _gather(k, v, index, choice.page)
-        places = _before(length, places)
-        return cached_attention(q, k, v, q_pos, places, **options)
+        group = q.shape[2] // k.shape[1]
+        count = _most(choice, group, bounds.shape[2])
+        shape = q.shape, k, v, dispatch.platform()
+        call = dispatch.Decode(*shape, page=choice.page, count=count)
+        found = dispatch.select(call, implementation)
+        index = _select(q, bounds, q_pos, choice, found.load_best())[:, 0]
+        run = found.load_pages()
+        places = _before(length, _places(index, choice.page))
+        scoring = _scoring(q, k, q_pos, None, scale, softcap)
+        out, lse = run(scoring, q, k, v, index, places)
+        return (out, lse) if sink is None else with_sink(out, lse, sink)
     return _by_blocks(q, k, v, bounds, q_pos, choice, length, options)
 
 
@@ -241,8 +264,24 @@ def _before(length, places):
     return jnp.where(places < length[:, None, None], places, -1)
 
 
+def _places(index, page: int):
+    """Positions [B, K, n page] of the pages `index` [B, K, n], -1 for none."""
+    places = index[..., None] * page + lax.iota(jnp.int32, page)
+    places = jnp.where(index[..., None] < 0, -1, places)
+    return places.reshape(*index.shape[:2], -1)
+
+
+def attend_pages(scoring: _Scoring, q, k, v, index, places):
+    """Out and lse over the pages `index` [B, K, n], valid ones first, -1 for none.
+
+    `places` [B, K, n page] are the positions of their slots, -1 where one is empty.
+    """
+    k, v = _gather(k, v, index, places.shape[2] // index.shape[2])
+    return attend(scoring, q, k, v, places)[:2]
+
+
 def _gather(k, v, index, page: int):
-    """The slots of the pages `index` [B, K, n], and their positions [B, K, n page]."""
+    """The slots of the pages `index` [B, K, n]."""
     B, K, C, _ = k.shape
     at = jnp.maximum(index, 0)[..., None, None]
 
@@ -250,11 +289,7 @@ def _gather(k, v, index, page: int):
         pages = x.reshape(B, K, C // page, page, x.shape[3])
         return jnp.take_along_axis(pages, at, 2).reshape(B, K, -1, x.shape[3])
 
-    k, v = jax.tree.map(pick, (k, v))
-
-    places = index[..., None] * page + lax.iota(jnp.int32, page)
-    places = jnp.where(index[..., None] < 0, -1, places)
-    return k, v, places.reshape(B, K, -1)
+    return jax.tree.map(pick, (k, v))
 
 
 def _by_blocks(q, k, v, bounds, q_pos, choice: Selection, length, options):
@@ -284,7 +319,9 @@ def _by_blocks(q, k, v, bounds, q_pos, choice: Selection, length, options):
     places = lax.iota(jnp.int32, C)[None, None]
     rows = scoring.rows(q)
     state = _blocks(scoring, rows, k, v, places, jnp.max(length), block)
-    return _finish(state, (B, T, N), v.dtype, options["sink"])
+    out, lse = _finish(state, (B, T, N), v.dtype)
+    sink = options["sink"]
+    return (out, lse) if sink is None else with_sink(out, lse, sink)
 
 
 def _check_pages(q, k, v, bounds, q_pos, choice: Selection) -> None:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -31,6 +32,15 @@ MEASURES = {
 }
 SLACK = 1.02
 SCAN = "scan"  # the case of the selective scan: 32k tokens, 8,192 channels, 16 states
+# Attention of one token over a cache: slots, and what else the case has.
+DECODE = {
+    "decode": (131_072, {}),
+    "decode_float32": (32_768, dict(dtype="float32")),
+    "decode_sums": (4096, dict(sums=True)),
+    "decode_codes": (131_072, dict(codes=True)),
+    "quest": (131_072, dict(page=16, count=256)),
+    "quest_codes": (131_072, dict(page=32, count=128, codes=True)),
+}
 
 
 def platform(chip: str) -> str:
@@ -59,7 +69,7 @@ def device(chip: str):
     from jax.experimental import topologies
 
     if platform(chip) == "tpu":
-        found = topologies.get_topology_desc("tpu", topology_name=CHIPS[chip])
+        found = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
         return found.devices[0]
     target = (ROOT / "lclm" / "train" / f"{chip}.txtpb").read_text()
     found = topologies.get_topology_desc(
@@ -82,6 +92,7 @@ def compile_case(chip: str, name: str) -> None:
 
     which = platform(chip)
     make = scan_case if name == SCAN else attention_case
+    make = decode_case if name in DECODE else make
     run, args = make(f"mosaic_{which}", name, array)
     with dispatch.target(which):
         lowered = jax.jit(run).lower(*args)
@@ -105,6 +116,55 @@ def scan_case(implementation: str, name: str, array):
         return scan(*args, keep), outs, back(cotangents)
 
     return run, (array((B, T)), (tokens, args[-1]), *args)
+
+
+def coded(array, shape, dtype):
+    """A buffer of codes as decode takes them (this environment has no `lclm.ops`)."""
+
+    class Buffer(NamedTuple):
+        codes: object
+        scale: object
+        zero: object
+        bits, group, ndim, open = 8, (1, 32), 4, None
+
+    Buffer.shape, Buffer.dtype = shape, dtype
+    steps = array((*shape[:3], shape[3] // 32), "float16")
+    return Buffer(array(shape, "uint8"), steps, steps)
+
+
+def decode_case(implementation: str, name: str, array):
+    """A token's attention over a cache, 32 heads over 8 of width 128."""
+    from pallas_kernels import decode
+
+    C, options = DECODE[name]
+    B, N, K, H = 1, 32, 8, 128
+    dtype = options.get("dtype", "bfloat16")
+    q, kv = array((B, 1, N, H), dtype), array((B, K, C, H), dtype)
+    if options.get("codes"):
+        kv = coded(array, kv.shape, dtype)
+    at, length = array((B, 1), "int32"), array((B,), "int32")
+    shared = {"implementation": implementation}
+    if "page" in options:
+        page = options["page"]
+        kind = "float32" if options.get("codes") else dtype
+        bounds = array((B, K, C // page, 2 * H), kind)
+        choice = decode.Selection(page, options["count"])
+
+        def pages(q, k, v, bounds, at, length):
+            return decode.paged_attention(
+                q, k, v, bounds, at, choice, length=length, **shared
+            )
+
+        return pages, (q, kv, kv, bounds, at, length)
+    places = array((B, K if options.get("sums") else 1, C), "int32")
+
+    def run(q, k, v, at, places, beside, length):
+        more = {"length": length, **shared}
+        if options.get("sums"):
+            return decode.attention_and_sums(q, k, v, at, places, beside, **more)
+        return decode.cached_attention(q, k, v, at, places, **more)
+
+    return run, (q, kv, kv, at, places, array((B, N, 1)), length)
 
 
 def attention_case(implementation: str, name: str, array):
@@ -134,8 +194,11 @@ def attention_case(implementation: str, name: str, array):
 
 def taken(chip: str) -> list[str]:
     """The cases that a chip's kernels take."""
-    narrow = [n for n, c in cases().items() if c[-1].get("dtype") != "float32"]
-    return [*(narrow if platform(chip) == "gpu" else cases()), SCAN]
+    own = cases() | DECODE
+    if platform(chip) == "gpu":
+        own = {n: c for n, c in own.items() if c[-1].get("dtype") != "float32"}
+        own = {n: c for n, c in own.items() if not {"codes", "sums"} & {*c[-1]}}
+    return [*own, SCAN]
 
 
 def measure_gpu(folder: Path) -> dict[str, dict[str, int]]:

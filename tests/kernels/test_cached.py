@@ -9,7 +9,11 @@ import pytest
 
 from pallas_kernels import mask as M
 from pallas_kernels.attention import attention, merge
-from pallas_kernels.decode import cached_attention, column_sums
+from pallas_kernels.decode import (
+    attention_and_sums,
+    cached_attention,
+    column_sums,
+)
 
 
 def _case(T=3, N=4, K=2, C=70, B=3, H=16, dtype=jnp.float32, per_head=True, seed=0):
@@ -142,6 +146,17 @@ def test_column_sums_equal_the_dense_probabilities(C):
     _, lse, probabilities = _oracle(q, k, v, q_pos, k_pos, **options)
     got = column_sums(q, k, jnp.asarray(lse), q_pos, k_pos, **options)
     _close([got], [probabilities.reshape(3, 2, 2, 3, C).sum((2, 3))])
+
+
+def test_sums_beside_other_keys_are_those_of_the_merged_softmax():
+    q, k, v, q_pos, k_pos = _case(T=2)
+    own, past = k_pos.at[..., 40:].set(-1), k_pos.at[..., :40].set(-1)
+    _, beside = cached_attention(q, k, v, q_pos, own)
+    out, lse, sums = attention_and_sums(q, k, v, q_pos, past, beside)
+    _close((out, lse), _oracle(q, k, v, q_pos, past)[:2])
+    whole = _oracle(q, k, v, q_pos, k_pos)[2].reshape(3, 2, 2, 2, 70).sum((2, 3))
+    _close([sums[..., 40:]], [whole[..., 40:]])
+    assert not sums[..., :40].any()
 
 
 def test_one_query_over_a_bfloat16_cache_makes_no_copy_of_it():
