@@ -76,15 +76,14 @@ def _best(count, score, out, key, place):
     least = lax.fori_loop(0, 32, bit, jnp.full((ROWS, 1), _LEAST, jnp.int32))
     equal = count - total(lambda x: x > least)
     _places(key, place, least, equal)
-    parts = out.shape[1] // LANES
+    for row in range(ROWS):
 
-    def part(i, carry):
-        row, first = lax.div(i, parts), lax.rem(i, parts) * LANES
-        at = pl.ds(pl.multiple_of(first, LANES), LANES)
-        out[pl.ds(row, 1), at] = _listed(place, row, first)
-        return carry
+        def part(i, carry, row=row):
+            first = pl.multiple_of(i * LANES, LANES)
+            out[pl.ds(row, 1), pl.ds(first, LANES)] = _listed(place, row, first)
+            return carry
 
-    lax.fori_loop(0, ROWS * parts, part, 0)
+        lax.fori_loop(0, out.shape[1] // LANES, part, 0)
 
 
 def _places(key, place, least, equal):
@@ -112,16 +111,20 @@ def _places(key, place, least, equal):
     lax.fori_loop(0, key.shape[1] // LANES, some, (none, none))
 
 
-def _listed(place, row, first):
+def _listed(place, row: int, first):
     """[1, LANES]: how many running sums of a row are at most `first` and so on."""
-    shape = (LANES, LANES)
-    number = (lax.broadcasted_iota(jnp.int32, shape, 0) + first).astype(jnp.float32)
 
-    def some(i, sums):
-        at = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
-        return sums + jnp.where(place[pl.ds(row, 1), at] <= number, 1.0, 0.0)
+    def half(first):
+        shape = (LANES // 2, LANES)
+        number = (lax.broadcasted_iota(jnp.int32, shape, 0) + first).astype(jnp.float32)
 
-    sums = jnp.zeros(shape, jnp.float32)
-    sums = lax.fori_loop(0, place.shape[1] // LANES, some, sums)
+        def some(i, sums):
+            at = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
+            return sums + jnp.where(place[pl.ds(row, 1), at] <= number, 1.0, 0.0)
+
+        sums = jnp.zeros(shape, jnp.float32)
+        return lax.fori_loop(0, place.shape[1] // LANES, some, sums)
+
+    sums = jnp.concatenate([half(first), half(first + LANES // 2)], 0)
     ones = jnp.ones((ROWS, LANES), jnp.bfloat16)
     return _product(ones, sums.astype(jnp.bfloat16), (1, 1))[:1]

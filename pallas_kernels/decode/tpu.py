@@ -32,11 +32,10 @@ from pallas_kernels.attention.tpu import (
 )
 
 SUBLANES, LANES = 8, 128
-ROWS = 128  # most rows of a tile: queries times the heads of a group
+ROWS = 64  # most rows of a tile: queries times the heads of a group
 BLOCK = 2048  # most slots of a block
 RUN = 512  # slots of the pages that are copied at once
 SCORES = 16 << 10  # scores of a part of a block, 16 registers
-GROUPED = 64 << 10  # those of all groups of channels, of codes
 KEPT = 16 << 20  # most bytes of scores that wait for their denominators
 LISTED = 128 << 10  # most pages listed, words of scalar memory
 _CENTRE = 128.0
@@ -56,14 +55,15 @@ def refuses(call: dispatch.Decode) -> str | None:
         reason = _refuses_buffer(x)
         if reason is not None:
             return reason
+    many = rows * max(map(_groups, (call.k, call.v)))
+    if many > 2 * ROWS:
+        return f"{rows} rows of codes in groups are {many} products, above {2 * ROWS}"
     if call.sums and _padded(rows, SUBLANES) * C * 4 > KEPT:
         return f"the scores of {rows} rows and {C} slots are more than {KEPT} bytes"
     if call.page is not None:
         tile = max(_TILE[_stored(x).dtype.itemsize] for x in (call.k, call.v))
         if call.page % tile or RUN % call.page:
             return f"pages of {call.page} are no multiple of {tile} that divides {RUN}"
-        if _part(call.k, call.v, _padded(rows, SUBLANES)) < RUN:
-            return f"{rows} queries times heads of a group are too many for pages"
         if B * K * _padded(call.count, RUN // call.page) > LISTED:
             return f"{B * K} lists of {call.count} pages are more than {LISTED} words"
     return outside_shard_map()
@@ -79,6 +79,8 @@ def _refuses_buffer(x) -> str | None:
             return f"codes of {bits} bits in groups of {group} are not (1, 16 n) of 8"
     if jnp.dtype(x.dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
         return f"dtype {jnp.dtype(x.dtype)} is not float32 or bfloat16"
+    if width > LANES and jnp.dtype(x.dtype) == jnp.float32:
+        return f"head width {width} of float32 is more than {LANES}"
     return None
 
 
@@ -98,12 +100,18 @@ def attend_pages(scoring, q, k, v, index, places):
     return _Call(scoring, q, k, v, None).over_pages(index, places)
 
 
+def _groups(x) -> int:
+    """Groups of channels that have steps of their own."""
+    return x.shape[3] // x.group[1] if hasattr(x, "open") else 1
+
+
 def _part(k, v, rows: int) -> int:
     """Slots whose scores are held at once, a power of 2."""
-    groups = max(x.shape[3] // x.group[1] if hasattr(x, "open") else 1 for x in (k, v))
-    most = min(SCORES // rows, GROUPED // (rows * groups))
-    if jnp.float32 in (k.dtype, v.dtype):  # whose exact products take more registers
-        most = min(most, RUN)
+    groups = max(map(_groups, (k, v)))
+    most = SCORES // (rows * groups)
+    if jnp.float32 in (jnp.dtype(x.dtype) for x in (k, v)):  # exact products are larger
+        many = max(LANES, k.shape[3], v.shape[3]) // LANES * min(groups, 2)
+        most = min(most // 2, RUN // (2 * many))
     return max(LANES, 1 << most.bit_length() - 1)
 
 
@@ -591,9 +599,16 @@ class _OverPages:
                 pltpu.make_async_copy(
                     x.at[slot], x.at[slot], arrived.at[j, slot]
                 ).wait()
-            keys = [k[slot], *(x[...] for x in key_steps)]
-            values = [v[slot], *(x[...] for x in value_steps)]
-            self.call.add(state, q[...], ends, keys, values, place[...])
+            size = min(self.call.part, RUN)
+
+            def part(i, carry):
+                at = pl.ds(pl.multiple_of(i * size, size), size)
+                keys = [k[slot, at], *(x[:, at] for x in key_steps)]
+                values = [v[slot, at], *(x[:, at] for x in value_steps)]
+                self.call.add(state, q[...], ends, keys, values, place[:, at])
+                return carry
+
+            lax.fori_loop(0, RUN // size, part, 0)
 
         @pl.when(n == chunks - 1)
         def _():

@@ -39,6 +39,7 @@ DECODE = {
     "decode_sums": (4096, dict(sums=True)),
     "decode_codes": (131_072, dict(codes=True)),
     "quest": (131_072, dict(page=16, count=256)),
+    "quest_float32": (32_768, dict(page=16, count=64, dtype="float32")),
     "quest_codes": (131_072, dict(page=32, count=128, codes=True)),
 }
 

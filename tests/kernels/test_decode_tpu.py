@@ -64,6 +64,7 @@ def test_listed_pages_give_xlas_values():
         np.testing.assert_allclose(a, b, atol=3e-6)
 
 
+@pytest.mark.slow
 def test_the_largest_of_many_scores_are_those_of_sorting(monkeypatch):
     monkeypatch.setattr(select_tpu, "WIDE", 256)
     (score,) = caches.draw(3, jnp.float32, (2, 5, 300))
@@ -111,7 +112,7 @@ def test_codes_are_read_as_the_numbers_they_stand_for():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("T", [1, 3])
-@pytest.mark.parametrize("C", [3, 100, 256, 515, 1030])
+@pytest.mark.parametrize("C", [3, 256, 1030])
 def test_every_size_gives_xlas_values(T, C):
     args, fill = case(T=T, C=C)
     sink = jnp.linspace(-1, 1, N)
