@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lclm.errors import unknown
-from lclm.evals.base import Journal, LanguageModel, Observe, Query, Record
+from lclm.evals.base import Answer, Journal, LanguageModel, Observe, Query, Record
 
 QUESTIONS = ("hidden", "seen")
 NOTES = {
@@ -83,6 +84,7 @@ def answer_all(
         start = time.perf_counter()
         alone = questions == "seen" or not prompt.before
         before = prompt.before + prompt.after if alone else prompt.before
+        read = None
         if before != held:
             ids = _first(lm, before)
             context = None
@@ -90,11 +92,11 @@ def answer_all(
             new = prompt.query.max_new_tokens
             room = roomy(len(ids) + new) - len(ids)
             said = lm.generate(ids, max_new_tokens=new, cache=cache, room=room)
-            asked = 0
+            asked, read = 0, said
         else:
             if context is None:
                 room = _room(lm, prompts[i:], len(ids))
-                context = lm.prefill(ids, cache=cache, room=room)
+                read = context = lm.prefill(ids, cache=cache, room=room)
             asked = len(lm.tokenizer.encode(prompt.after))
             said = context.generate(
                 prompt.after, max_new_tokens=prompt.query.max_new_tokens
@@ -104,7 +106,26 @@ def answer_all(
             "prediction": said.text,
             "prompt_tokens": len(ids) + asked,
             "seconds": time.perf_counter() - start,
+            **cost(said, read),
         }
+
+
+def cost(said: Answer, read: Any = None) -> Record:
+    """Cache bytes, and tokens a second read and written, where the model tells them.
+
+    read: whose reading this answer bears: the answer's own, that of a context, or None
+    where an answer before it did.
+    """
+    made = getattr(said, "stats", None)
+    if made is None:
+        return {}
+    found = {"cache_bytes": made.bytes}
+    if read is not None and read.stats.prefill_seconds:
+        rate = read.stats.prompt_tokens / read.stats.prefill_seconds
+        found["tokens_per_second"] = rate
+    if made.new_tokens and made.decode_seconds:
+        found["new_tokens_per_second"] = made.new_tokens / made.decode_seconds
+    return found
 
 
 def _first(lm: LanguageModel, text: str) -> list[int]:
