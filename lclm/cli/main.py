@@ -18,6 +18,7 @@ COMMANDS = Table(
         "generate": Entry("lclm.cli.generate:main", "continue a prompt"),
         "chat": Entry("lclm.cli.chat:main", "talk to a model in the terminal"),
         "eval": Entry("lclm.cli.eval:main", "run one evaluation on a model"),
+        "compare": Entry("lclm.cli.compare:main", "one page over several runs"),
         "convert": Entry("lclm.cli.convert:main", "Hugging Face, GGUF, lclm folders"),
         "plan": Entry("lclm.cli.plan:main", "bytes of weights and cache, in advance"),
         "bench": Entry("lclm.cli.bench:main", "prefill and decode speed here"),
