@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 ORACLE_PY := $(ORACLES)/bin/python
 PIP := -m pip --disable-pip-version-check install --quiet --progress-bar off
 
-.PHONY: help install demo test test-all lint bench oracles kernels clean
+.PHONY: help install demo test test-all pages lint bench oracles kernels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,10 +27,13 @@ demo: install  ## the demonstration: a real model over four times its trained co
 	$(VENV)/bin/lclm run --config=configs/demo.py
 
 test: install  ## the fast tests (at most 15 minutes on 2 cores)
-	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow and not browser" $(PYTEST_ARGS)
 
-test-all: install  ## every test
-	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+test-all: install  ## every test that needs no browser
+	$(PY) -m pytest -n 2 --dist loadfile -m "not browser" $(PYTEST_ARGS)
+
+pages: $(VENV)/.pages  ## the report pages in headless chromium, screenshots in build/pages
+	$(PY) -m pytest -m browser tests/evals/test_browser.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.requirements  ## ruff: rules and format
 	$(PY) -m ruff check .
@@ -58,6 +61,10 @@ $(VENV)/.requirements: requirements.txt
 
 $(VENV)/.package: $(VENV)/.requirements pyproject.toml
 	$(PY) $(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.pages: $(VENV)/.package requirements-pages.txt
+	$(PY) $(PIP) -r requirements-pages.txt
 	touch $@
 
 $(ORACLES)/.requirements: requirements-oracles.txt

@@ -19,6 +19,7 @@ COMMANDS = Table(
         "chat": Entry("lclm.cli.chat:main", "talk to a model in the terminal"),
         "eval": Entry("lclm.cli.eval:main", "run one evaluation on a model"),
         "lm_eval": Entry("lclm.cli.lm_eval:main", "lm-evaluation-harness on a model"),
+        "compare": Entry("lclm.cli.compare:main", "one page over several runs"),
         "convert": Entry("lclm.cli.convert:main", "Hugging Face, GGUF, lclm folders"),
         "plan": Entry("lclm.cli.plan:main", "bytes of weights and cache, in advance"),
         "bench": Entry("lclm.cli.bench:main", "prefill and decode speed here"),

@@ -4,7 +4,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,17 @@ from rich.progress import (
 from rich.table import Table as RichTable
 
 from lclm.cli import options
+from lclm.cli.finished import Measured, run_of
 from lclm.cli.job import Choice, Job, Stage, read_job, scope
-from lclm.cli.page import Page, Section
+from lclm.cli.page import PROSE, Page, Section
 from lclm.cli.training_stage import TrainingStage, run_training
 from lclm.data.fetch import write_atomic
 from lclm.errors import LclmError
+from lclm.evals import cost
 from lclm.evals.base import Journal, Panel, Record
 
 Load = Callable[..., Any]
-# Columns of prose: wrapped where they must be; every other cell is a number or a name.
-PROSE = ("model said", "wanted", "found")
+SEEN = "query-aware"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -56,9 +57,9 @@ def run(
 ) -> Path:
     """Run the job of `config` and return its report's path.
 
-    `workdir` (default `runs/<name>`) receives metrics.jsonl, figures, CSV files and
-    report.html. Finished measurements of an interrupted run are kept and not made
-    again. `load` makes the model (`lclm.load` unless given).
+    `workdir` (default `runs/<name>`) receives metrics.jsonl, run.json, figures, CSV
+    files and report.html. Finished measurements of an interrupted run are kept and not
+    made again. `load` makes the model (`lclm.load` unless given).
 
     Raises:
       LclmError: the config, the model or a text is at fault; nothing is written.
@@ -89,16 +90,23 @@ def run_job(
     if any(isinstance(s, Stage) for s in job.stages):
         held(next(iter(job.models.values())))
     sections: list[Section] = []
+    done: list[Measured] = []
     try:
         for stage in job.stages:
             if isinstance(stage, TrainingStage):
                 section = run_training(stage, folder / "train", console)
             else:
-                section = _run_stage(stage, job.models, held, folder, console)
+                done.append(_run_stage(stage, job.models, held, folder, console))
+                taken = {name for s in sections for name in (*s.figures, *s.csv)}
+                section = show_stage(done[-1], taken)
             for panel in section.panels:
                 console.print(to_rich(panel))
             sections.append(section)
-            _write_report(job, sections, folder, command)
+            costs = _cost(done)
+            for part in (section, *costs):
+                part.write(folder)
+            _write_report(job, [*sections, *costs], folder, command)
+            run_of(job, command, machine(), done).write(folder)
     except KeyboardInterrupt:
         console.print(
             f"[yellow]stopped[/yellow]: finished records are kept in "
@@ -135,10 +143,10 @@ class Held:
 
 def _run_stage(
     stage: Stage, models: dict[str, Choice], held: Held, folder: Path, console: Console
-) -> Section:
-    """One evaluation of every model, and its figures and tables of all of them."""
+) -> Measured:
+    """One evaluation of every model, in the order of the job."""
     version = _version("lclm")
-    records: list[Record] = []
+    records: dict[str, list[Record]] = {}
     contexts = []
     for name, choice in models.items():
         lm = held(choice)
@@ -147,13 +155,35 @@ def _run_stage(
         journal = Journal(folder / "metrics.jsonl", scope=scoped)
         if kept := len(journal.records):
             console.print(f"[dim]{kept} finished records found and kept[/dim]")
-        found = _measure(stage, lm, journal, console, name)
-        records += [{**r, "model": name} for r in found] if name else found
-    summary = stage.evaluation.summary(records, trained=min(contexts))
-    for name, data in {**summary.figures, **summary.csv}.items():
-        write_atomic(folder / name, data)
-    title = stage.title or summary.panels[0].title
-    return Section(title, summary.panels, summary.figures)
+        records[name] = _measure(stage, lm, journal, console, name)
+    return Measured(stage, records, min(contexts))
+
+
+def show_stage(measured: Measured, taken: Collection[str]) -> Section:
+    """Tables and figures of a stage; its files have names that are not `taken`."""
+    evaluation = measured.stage.evaluation
+    summary = evaluation.summary(measured.named(), trained=measured.trained)
+    return Section.of(summary.apart(taken), measured.stage.title, label(evaluation))
+
+
+def label(evaluation: Any) -> str:
+    """The warning that scores are those of caches that saw the question."""
+    return SEEN if getattr(evaluation, "questions", "") == "seen" else ""
+
+
+def _cost(done: Sequence[Measured]) -> list[Section]:
+    """What every stage took, where there is one to tell of."""
+    found = [
+        entry
+        for measured in done
+        for entry in cost.costs(title_of(measured), measured.named())
+    ]
+    return [Section.of(cost.summary(found))] if found else []
+
+
+def title_of(measured: Measured) -> str:
+    """What a table calls a stage."""
+    return measured.stage.title or measured.stage.kind
 
 
 def _measure(

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from lclm.cli.page import Section
-from lclm.evals.base import Panel
+from lclm.evals.base import Panel, Summary
+from lclm.evals.figures import Chart
 
 
 @dataclass(frozen=True)
@@ -69,5 +71,19 @@ def _section(stage: TrainingStage, run: Any, folder: Path) -> Section:
     title = stage.title or run.title or run.name
     note = f"config {Path(stage.train).name}"
     panel = Panel(title, ("training", "found"), tuple(rows), note=note)
-    figures = {"loss.png": (folder / "loss.png").read_bytes()}
-    return Section(title, (panel,), figures)
+    return Section.of(Summary((panel,), {"loss.png": _curve(records)}), title)
+
+
+def _curve(records: list[dict[str, Any]]) -> Chart:
+    """Training and held-out loss by step."""
+    told = {
+        "training loss": [(r["step"], r["loss"]) for r in records if "event" not in r],
+        "held-out loss": [
+            (r["step"], r["nll"]) for r in records if r.get("event") == "eval"
+        ],
+    }
+    lines = {name: np.asarray([(x, y, y, y) for x, y in points], np.float64)
+             for name, points in told.items() if points}  # fmt: skip
+    highest = max(float(rows[:, 1].max()) for rows in lines.values())
+    limits = (0.0, 1.05 * highest)
+    return Chart("Loss by step", lines, "step", "nats per token", limits)

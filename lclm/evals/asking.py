@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lclm.errors import unknown
-from lclm.evals.base import Journal, LanguageModel, Observe, Query, Record
+from lclm.evals.base import Answer, Journal, LanguageModel, Observe, Query, Record
 
 QUESTIONS = ("hidden", "seen")
 NOTES = {
@@ -104,6 +105,7 @@ def answer_all(
         start = time.perf_counter()
         alone = questions == "seen" or not prompt.before
         before = prompt.before + prompt.after if alone else prompt.before
+        read = None
         if before != held:
             ids = first_tokens(lm, before)
             context = None
@@ -111,11 +113,11 @@ def answer_all(
             new = prompt.query.max_new_tokens
             room = roomy(len(ids) + new) - len(ids)
             said = lm.generate(ids, max_new_tokens=new, cache=cache, room=room)
-            asked = 0
+            asked, read = 0, said
         else:
             if context is None:
                 room = _room(lm, prompts[i:], len(ids))
-                context = lm.prefill(ids, cache=cache, room=room)
+                read = context = lm.prefill(ids, cache=cache, room=room)
             asked = len(lm.tokenizer.encode(prompt.after))
             said = context.generate(
                 prompt.after, max_new_tokens=prompt.query.max_new_tokens
@@ -125,6 +127,7 @@ def answer_all(
             "prediction": said.text,
             "prompt_tokens": len(ids) + asked,
             "seconds": time.perf_counter() - start,
+            **cost(said, read),
         }
 
 
@@ -158,6 +161,7 @@ def converse(
             "prediction": said.text,
             "prompt_tokens": read + len(lm.tokenizer.encode(turn)),
             "seconds": time.perf_counter() - start,
+            **cost(said, context if prompt is first else None),
         }
         start = time.perf_counter()
         stays = turn + said.text if own else left
@@ -170,6 +174,24 @@ def _left(prompt: Prompt) -> str:
     """The wanted answer as it stands behind its question."""
     gap = "" if prompt.after[-1:].isspace() else " "
     return gap + prompt.query.perfect
+
+
+def cost(said: Answer, read: Any = None) -> Record:
+    """Cache bytes, and tokens a second read and written, where the model tells them.
+
+    read: whose reading this answer bears: the answer's own, that of a context, or None
+    where an answer before it did.
+    """
+    made = getattr(said, "stats", None)
+    if made is None:
+        return {}
+    found = {"cache_bytes": made.bytes}
+    if read is not None and read.stats.prefill_seconds:
+        rate = read.stats.prompt_tokens / read.stats.prefill_seconds
+        found["tokens_per_second"] = rate
+    if made.new_tokens and made.decode_seconds:
+        found["new_tokens_per_second"] = made.new_tokens / made.decode_seconds
+    return found
 
 
 def first_tokens(lm: LanguageModel, text: str) -> list[int]:

@@ -1,9 +1,11 @@
 """What every evaluation shares: the model it needs, its examples, its records."""
 
+import csv
+import io
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -156,13 +158,45 @@ class Panel:
     note: str = ""
 
 
+@runtime_checkable
+class Figure(Protocol):
+    """A picture as data."""
+
+    title: str
+
+    def png(self) -> bytes:
+        """The picture."""
+        ...
+
+    def csv(self) -> str:
+        """The numbers that it shows."""
+        ...
+
+
 @dataclass(frozen=True)
 class Summary:
-    """What an evaluation shows for its records: tables, and files by name."""
+    """What an evaluation shows for its records: tables, figures by file name (.png),
+    and CSV files by theirs; a figure without one of its name gets its own numbers."""
 
     panels: tuple[Panel, ...]
-    figures: Mapping[str, bytes] = field(default_factory=dict)
+    figures: Mapping[str, Figure] = field(default_factory=dict)
     csv: Mapping[str, str] = field(default_factory=dict)
+
+    def tables(self) -> dict[str, str]:
+        """CSV files by name, one beside every figure."""
+        own = {csv_name(name): figure.csv() for name, figure in self.figures.items()}
+        return {**own, **self.csv}
+
+    def apart(self, taken: Collection[str]) -> "Summary":
+        """The same with other file names where some are `taken`."""
+        number, end = 1, ""
+        while any(_numbered(n, end) in taken for n in (*self.figures, *self.csv)):
+            number += 1
+            end = f"-{number}"
+        figures = {_numbered(n, end): f for n, f in self.figures.items()}
+        return Summary(
+            self.panels, figures, {_numbered(n, end): t for n, t in self.csv.items()}
+        )
 
 
 @runtime_checkable
@@ -212,6 +246,33 @@ def row_name(model: str, way: str, ways: int) -> str:
     return f"{model}, {way}" if ways > 1 else model
 
 
+def read_records(path: Path) -> tuple[list[Record], int]:
+    """Every record of a journal, and the bytes they take; what an interrupt tore at
+    its end is neither.
+
+    Raises:
+      LclmError: a line before the last is not a record.
+    """
+    raw = path.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    lines = whole.splitlines(keepends=True)
+    found: list[Record] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("a record is a JSON object")
+        except ValueError as error:
+            if number == len(lines) and len(whole) == len(raw):
+                return found, len(whole) - len(line)
+            raise LclmError(
+                f"{path} line {number} is not a record ({error}); delete that line, or "
+                "move the file away to start anew"
+            ) from error
+        found.append(record)
+    return found, len(whole)
+
+
 class Journal:
     """Append-only JSON lines: a record is on disk before `add` returns.
 
@@ -232,26 +293,10 @@ class Journal:
         self._found = {key_of(r): r for r in self.records}
 
     def _load(self) -> None:
-        raw = self.path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        lines = whole.splitlines(keepends=True)
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError("a record is a JSON object")
-            except ValueError as error:
-                if number == len(lines) and len(whole) == len(raw):
-                    whole = whole[: -len(line)]
-                    break
-                raise LclmError(
-                    f"{self.path} line {number} is not a record ({error}); delete "
-                    "that line, or move the file away to start anew"
-                ) from error
-            if record.get("scope", "") == self.scope:
-                self.records.append(record)
-        if len(whole) != len(raw):
-            os.truncate(self.path, len(whole))
+        found, size = read_records(self.path)
+        self.records = [r for r in found if r.get("scope", "") == self.scope]
+        if size != self.path.stat().st_size:
+            os.truncate(self.path, size)
 
     def find(self, **key: Any) -> Record | None:
         """The finished record of this key, or None; what `KEY` names and is not
@@ -285,6 +330,16 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def csv_name(figure: str) -> str:
+    """The CSV file that stands beside a figure."""
+    return str(Path(figure).with_suffix(".csv"))
+
+
+def _numbered(name: str, end: str) -> str:
+    stem, dot, suffix = name.rpartition(".")
+    return f"{stem}{end}{dot}{suffix}"
+
+
 def show(value: float | int | None, form: str = ".2f", *, scale: float = 1.0) -> str:
     """A number for a table; a missing one is a dash."""
     return "-" if value is None else format(value * scale, form)
@@ -302,7 +357,8 @@ def show_bytes(count: float | int | None) -> str:
 
 
 def to_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Comma-separated lines with a header; the cells are numbers and plain words."""
-    lines = [",".join(columns)]
-    lines += [",".join("" if c is None else str(c) for c in row) for row in rows]
-    return "\n".join(lines) + "\n"
+    """Comma-separated lines with a header; text is quoted where it must be."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerows([columns, *rows])
+    return out.getvalue()

@@ -1,85 +1,169 @@
-"""Figures as PNG bytes, drawn without a display or any global state."""
+"""Figures as data: a PNG and a CSV file of each lie in the run, its page draws it anew.
+
+Nothing here needs a display or any global state.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from lclm.evals.base import to_csv
+
 INK = "#1f2933"
 FAINT = "#8a94a0"
-CURVES = ("#2563eb", "#e0592a", "#0f9d78", "#8b3fc7", "#c2881b", "#be185d", "#5b6673")
+CURVES = ("#2563eb", "#c8451a", "#0b7a5e", "#8b3fc7", "#946300", "#be185d", "#5b6673")
 HEAT = LinearSegmentedColormap.from_list("heat", ("#F0496E", "#EBB839", "#0CD79F"))
+DENSE = 40  # points of a curve above which a moving mean is drawn over it
 
 
-def loss_by_position(
-    curves: Mapping[str, Sequence[Sequence[float | int]]], *, trained: int = 0
-) -> bytes:
-    """Loss in nats by position, one curve per cache with its bootstrap interval.
+@dataclass(frozen=True)
+class Chart:
+    """Curves over one axis: rows of x, y, and the interval around y (low, high).
 
-    A curve is rows of start, end, nll, count, low, high; `trained` > 0 draws a line
-    at the length the model was trained for.
+    limits: the least and the greatest y shown. levels: dashed lines across, by name.
+    marks: dashed lines up, by name.
     """
-    figure = Figure(figsize=(10.5, 5.2), layout="constrained")
-    axes = figure.add_subplot()
-    for i, (title, rows) in enumerate(curves.items()):
-        table = np.asarray(rows, np.float64)
-        middle, colour = table[:, :2].mean(axis=1), CURVES[i % len(CURVES)]
-        smooth = _smooth(table[:, 2], max(1, len(table) // 40))
-        axes.fill_between(middle, table[:, 4], table[:, 5], color=colour, alpha=0.10)
-        axes.plot(middle, table[:, 2], color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(middle, smooth, color=colour, linewidth=2.0, label=title)
-    values = np.concatenate([np.asarray(c, np.float64)[:, 2] for c in curves.values()])
-    low, high = float(values.min()), float(np.quantile(values, 0.98))
-    axes.set_ylim(max(0.0, low - 0.3), high + 0.25 * (high - low) + 0.3)
-    axes.set_xlim(left=0)
-    end = max(c[-1][1] for c in curves.values())
-    if 0 < trained <= end:
-        axes.axvline(trained, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
-        axes.annotate(
-            f" trained for {trained:,}",
-            (trained, 0.985),
-            xycoords=("data", "axes fraction"),
-            va="top",
-            color=INK,
-            fontsize=9,
-        )
-    axes.set_xlabel("position in the text (tokens)")
-    axes.set_ylabel("loss (nats per token)")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    _finish(axes)
-    axes.legend(frameon=False, loc="upper right", fontsize=9, labelcolor=INK)
-    return _png(figure)
+
+    title: str
+    lines: Mapping[str, Float[np.ndarray, "_ 4"]]
+    across: str
+    up: str
+    limits: tuple[float, float]
+    levels: Mapping[str, float] = field(default_factory=dict)
+    marks: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The least and the greatest x."""
+        ends = [x for rows in self.lines.values() for x in rows[[0, -1], 0]]
+        low, high = float(min(ends)), float(max(ends))
+        return (low, high) if low < high else (low - 0.5, high + 0.5)
+
+    def png(self) -> bytes:
+        """The chart as a picture on white."""
+        figure = Figure(figsize=(10.5, 5.2), layout="constrained")
+        axes = figure.add_subplot()
+        for i, (name, rows) in enumerate(self.lines.items()):
+            x, y, low, high = rows.T
+            style = dict(color=CURVES[i % len(CURVES)], linewidth=2.0, label=name)
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.10)
+            if len(rows) > DENSE:
+                axes.plot(x, y, color=style["color"], alpha=0.25, linewidth=0.8)
+                axes.plot(x, smooth(y), **style)
+            else:
+                axes.plot(x, y, marker="o", markersize=4, **style)
+        dashes = dict(color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
+        words = dict(color=INK, fontsize=9)
+        for name, level in self.levels.items():
+            axes.axhline(level, **dashes)
+            at = dict(xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            axes.annotate(name, (1.0, level), **at, **words)
+        for name, mark in self.marks.items():
+            axes.axvline(mark, **dashes)
+            at = dict(xycoords=("data", "axes fraction"), va="top")
+            axes.annotate(f" {name}", (mark, 0.985), **at, **words)
+        known = sorted({x for rows in self.lines.values() for x in rows[:, 0]})
+        if len(known) <= 12:
+            axes.set_xticks(known)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        axes.set(xlabel=self.across, ylabel=self.up, ylim=self.limits)
+        _finish(axes)
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+        return _png(figure)
+
+    def csv(self) -> str:
+        """Every point: line, x, y, low, high."""
+        rows = [(n, *row) for n, of in self.lines.items() for row in of.tolist()]
+        return to_csv(("line", "x", "y", "low", "high"), rows)
 
 
-def heatmap(
-    scores: np.ndarray, *, lengths: Sequence[int], depths: Sequence[float], title: str
-) -> bytes:
+@dataclass(frozen=True)
+class Heatmap:
     """Mean score in [0, 1] by depth (rows, fractions) and length (columns, tokens).
 
     Red to green over the fixed range 0 to 1, so that two figures compare; a cell that
     was not measured (NaN) stays blank.
     """
-    figure = Figure(figsize=(17.5, 8), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(scores, cmap=HEAT, vmin=0.0, vmax=1.0, aspect="auto")
-    axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45)
-    axes.set_yticks(range(len(depths)), [f"{100 * d:.4g}" for d in depths])
-    axes.set_xlabel("token limit", fontsize=13)
-    axes.set_ylabel("depth percent", fontsize=13)
-    axes.set_title(title, color=INK, fontsize=15, loc="left")
-    axes.set_xticks(np.arange(1, len(lengths)) - 0.5, minor=True)
-    axes.set_yticks(np.arange(1, len(depths)) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=2)
-    axes.tick_params(which="both", length=0, labelsize=12)
-    axes.spines[:].set_visible(False)
-    if scores.size <= 120:
-        for (row, column), value in np.ndenumerate(scores):
-            if np.isfinite(value):
-                axes.text(column, row, f"{value:.2g}", ha="center", va="center")
-    figure.colorbar(image, ax=axes, label="score", pad=0.01)
-    return _png(figure)
+
+    title: str
+    scores: Float[np.ndarray, "depths lengths"]
+    lengths: Sequence[int]
+    depths: Sequence[float]
+
+    def png(self) -> bytes:
+        """The grid as a picture on white."""
+        figure = Figure(figsize=(17.5, 8), layout="constrained")
+        axes = figure.add_subplot()
+        image = axes.imshow(self.scores, cmap=HEAT, vmin=0.0, vmax=1.0, aspect="auto")
+        lengths, depths = range(len(self.lengths)), range(len(self.depths))
+        axes.set_xticks(lengths, [f"{n:,}" for n in self.lengths], rotation=45)
+        axes.set_yticks(depths, [f"{100 * d:.4g}" for d in self.depths])
+        axes.set_xlabel("token limit", fontsize=13)
+        axes.set_ylabel("depth percent", fontsize=13)
+        axes.set_title(self.title, color=INK, fontsize=15, loc="left")
+        axes.set_xticks(np.arange(1, len(lengths)) - 0.5, minor=True)
+        axes.set_yticks(np.arange(1, len(depths)) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=2)
+        axes.tick_params(which="both", length=0, labelsize=12)
+        axes.spines[:].set_visible(False)
+        if self.scores.size <= 120:
+            for (row, column), value in np.ndenumerate(self.scores):
+                if np.isfinite(value):
+                    axes.text(column, row, f"{value:.2g}", ha="center", va="center")
+        figure.colorbar(image, ax=axes, label="score", pad=0.01)
+        return _png(figure)
+
+    def csv(self) -> str:
+        """Every measured cell: length, depth, score."""
+        rows = [
+            (self.lengths[column], self.depths[row], value)
+            for (row, column), value in np.ndenumerate(self.scores)
+            if np.isfinite(value)
+        ]
+        return to_csv(("length", "depth", "score"), rows)
+
+
+def loss_by_position(
+    curves: Mapping[str, Sequence[Sequence[float | int]]], *, trained: int = 0
+) -> Chart:
+    """Loss in nats by position, one curve per cache with its bootstrap interval.
+
+    A curve is rows of start, end, nll, count, low, high; `trained` > 0 draws a line
+    at the length the model was trained for.
+    """
+    tables = {n: np.asarray(rows, np.float64) for n, rows in curves.items()}
+    lines = {
+        name: np.column_stack([table[:, :2].mean(axis=1), table[:, [2, 4, 5]]])
+        for name, table in tables.items()
+    }
+    values = np.concatenate([table[:, 2] for table in tables.values()])
+    low, high = float(values.min()), float(np.quantile(values, 0.98))
+    end = max(table[-1, 1] for table in tables.values())
+    marks = {f"trained for {trained:,}": float(trained)} if 0 < trained <= end else {}
+    return Chart(
+        "Loss by position",
+        lines,
+        "position in the text (tokens)",
+        "loss (nats per token)",
+        (max(0.0, low - 0.3), high + 0.25 * (high - low) + 0.3),
+        marks=marks,
+    )
+
+
+def heatmap(
+    scores: Float[np.ndarray, "depths lengths"],
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    title: str,
+) -> Heatmap:
+    """Mean score by depth and length."""
+    return Heatmap(title, scores, lengths, depths)
 
 
 def score_lines(
@@ -87,41 +171,22 @@ def score_lines(
     *,
     across: str,
     bounds: Mapping[str, float] | None = None,
-) -> bytes:
+) -> Chart:
     """Scores in [0, 1] as percent over what `across` names, a line for each way.
 
     `bounds` are drawn as dashed levels.
     """
-    figure = Figure(figsize=(9.0, 5.0), layout="constrained")
-    axes = figure.add_subplot()
-    for i, (title, points) in enumerate(lines.items()):
-        x, y = zip(*points, strict=True)
-        colour = CURVES[i % len(CURVES)]
-        percent = [100 * value for value in y]
-        axes.plot(x, percent, color=colour, marker="o", linewidth=2.0, label=title)
-    for title, level in (bounds or {}).items():
-        axes.axhline(100 * level, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.annotate(
-            title,
-            (1.0, 100 * level),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="bottom",
-            color=INK,
-            fontsize=9,
-        )
-    axes.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    axes.set_ylim(-2, 104)
-    axes.set_xlabel(across)
-    axes.set_ylabel("score (percent)")
-    _finish(axes)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    return _png(figure)
+    tables = {n: np.asarray(points, np.float64) for n, points in lines.items()}
+    percent = {n: np.column_stack([t[:, 0], 100 * t[:, [1, 1, 1]]])
+               for n, t in tables.items()}  # fmt: skip
+    levels = {name: 100 * level for name, level in (bounds or {}).items()}
+    title = f"Score by {across}"
+    return Chart(title, percent, across, "score (percent)", (-2.0, 104.0), levels)
 
 
-def _smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Centred moving mean over at most `2 width + 1` points, shorter at the ends."""
+def smooth(values: Float[np.ndarray, " points"]) -> Float[np.ndarray, " points"]:
+    """Centred moving mean over a twentieth of the points, less at the ends."""
+    width = max(1, len(values) // 40)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
     reach = np.minimum(np.minimum(at, len(values) - 1 - at), width)

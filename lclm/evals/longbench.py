@@ -286,6 +286,6 @@ def _csv(found: list[tuple[str, list[Record]]]) -> list[tuple]:
             for cut, part in cuts.items():
                 asked = [r for r in part if r["score"] is not None]
                 if asked:
-                    told = (f'"{way}"', name, dataset.metric, cut)
+                    told = (way, name, dataset.metric, cut)
                     lines.append((*told, round(100 * mean(asked), 2), len(asked)))
     return lines

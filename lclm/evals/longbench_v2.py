@@ -147,7 +147,7 @@ class LongBenchV2:
                 if part:
                     right = sum(r["score"] for r in part) / len(part)
                     told = (round(right, 4), round(means[kind], 4), len(part))
-                    lines.append((f'"{way}"', kind, *told))
+                    lines.append((way, kind, *told))
         plain = table(
             "LongBench v2",
             records,

@@ -311,7 +311,7 @@ class LostInTheMiddle:
             for place in places:
                 part = [r for r in mine if r["place"] == place]
                 if (score := mean(part)) is not None:
-                    lines.append((f'"{way}"', place, round(score, 4), len(part)))
+                    lines.append((way, place, round(score, 4), len(part)))
                     if mine[0]["strategy"] in BOUNDS:
                         bounds[way] = score
                     else:

@@ -193,7 +193,7 @@ class ManyShot:
             for n in counts:
                 part = [r for r in mine if r["shots"] == n and r["score"] is not None]
                 if part:
-                    lines.append((f'"{way}"', n, round(mean(part), 4), len(part)))
+                    lines.append((way, n, round(mean(part), 4), len(part)))
                     curves.setdefault(way, []).append((n, mean(part)))
         columns = ("way", *names.values())
         second = Panel("Many-shot recall: tokens of a prompt", columns, tuple(sizes))

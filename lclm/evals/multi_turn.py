@@ -175,7 +175,7 @@ class MultiTurn:
                 cells.setdefault((r["kind"], r.get("length"), r["query"]), []).append(r)
             for (kind, length, turn), part in cells.items():
                 if (score := mean(part)) is not None:
-                    told = (f'"{way}"', kind, length, turn + 1)
+                    told = (way, kind, length, turn + 1)
                     lines.append((*told, round(score, 4), len(part)))
         curves = {way: points for way, points in curves.items() if points}
         pictures = {}

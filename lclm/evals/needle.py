@@ -286,8 +286,8 @@ class Needle:
             return self._make(lm.tokenizer, built[0], cell, starts)
 
         def ask(question: Example, cell: Cell) -> Record:
-            text = generate(lm, question, cell, self.questions)
-            return {"prediction": text, "score": self.grade(question, text)}
+            said = generate(lm, question, cell, self.questions)
+            return {**said, "score": self.grade(question, said["prediction"])}
 
         return run_grid(
             self.cells(),

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from lclm.data.haystack import fit
-from lclm.evals.asking import check_questions
+from lclm.evals.asking import check_questions, cost
 from lclm.evals.base import (
     Example,
     Journal,
@@ -114,6 +114,7 @@ def forced(lm: LanguageModel, example: Example, *, cache: str) -> Record:
         "key_tokens": count,
         "prediction": answer.text,
         "score": float(match),
+        **cost(answer, answer),
     }
 
 
@@ -187,8 +188,8 @@ class Passkey:
         def ask(example: Example, cell: Cell) -> Record:
             if self.score == "forced":
                 return forced(lm, example, cache=cell.cache)
-            text = generate(lm, example, cell, self.questions)
-            return {"prediction": text, "score": score(example, text)}
+            said = generate(lm, example, cell, self.questions)
+            return {**said, "score": score(example, said["prediction"])}
 
         return run_grid(
             self.cells(),

@@ -265,13 +265,13 @@ class Perplexity:
             )
         panel = Panel(f"Perplexity by {first}", columns, tuple(rows), note)
         header = (first, "bucket_start", "bucket_end", "nll", "count", "low", "high")
-        lines = [(f'"{title}"', *point) for title, c in curves.items() for point in c]
-        png = figures.loss_by_position(curves, trained=trained) if curves else None
-        return Summary(
-            (panel,),
-            {"loss_by_position.png": png} if png else {},
-            {"loss_by_position.csv": to_csv(header, lines)},
-        )
+        lines = [(title, *point) for title, c in curves.items() for point in c]
+        pictures = {}
+        if curves:
+            drawn = figures.loss_by_position(curves, trained=trained)
+            pictures["loss_by_position.png"] = drawn
+        csv = {"loss_by_position.csv": to_csv(header, lines)}
+        return Summary((panel,), pictures, csv)
 
 
 def score(nll: Float[np.ndarray, "documents targets"], text: str) -> Record:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lclm.evals import figures
-from lclm.evals.asking import NOTES, Prompt, Task, answer_all, run_tasks
+from lclm.evals.asking import NOTES, Prompt, Task, answer_all, cost, run_tasks
 from lclm.evals.base import (
     Example,
     Journal,
@@ -91,15 +91,16 @@ def run_grid(
     return run_tasks([entry(c) for c in cells], journal=journal, observe=observe)
 
 
-def generate(lm: LanguageModel, example: Example, cell: Cell, questions: str) -> str:
-    """The model's greedy answer as text."""
+def generate(lm: LanguageModel, example: Example, cell: Cell, questions: str) -> Record:
+    """The model's greedy answer as a prediction, and what it cost."""
     query = example.query
     if questions == "seen":
         new = query.max_new_tokens
-        return lm.generate(example.prompt, max_new_tokens=new, cache=cell.cache).text
+        said = lm.generate(example.prompt, max_new_tokens=new, cache=cell.cache)
+        return {"prediction": said.text, **cost(said, said)}
     prompt = Prompt(example.opening + example.context, query.text, query)
     (said,) = answer_all(lm, [prompt], cache=cell.cache, questions=questions)
-    return said["prediction"]
+    return {k: v for k, v in said.items() if k not in ("prompt_tokens", "seconds")}
 
 
 def grid_of(records: Sequence[Record], field: str = "score") -> tuple:
@@ -134,15 +135,16 @@ def summarise(
     models = by_model(records)
     first = "cache" if set(models) <= {""} else "model"
     rows, images, lines, answers = [], {}, [], []
-    ways = list(itertools.product(models.items(), caches))
-    for number, ((model, its), cache) in enumerate(ways):
-        mine = [r for r in its if r["cache"] == cache]
-        if not mine:
-            continue
+    ways = [
+        (model, cache, mine)
+        for (model, its), cache in itertools.product(models.items(), caches)
+        if (mine := [r for r in its if r["cache"] == cache])
+    ]
+    for number, (model, cache, mine) in enumerate(ways):
         name = row_name(model, cache, len(caches))
         rows.append((name, *(_share(mine, n) for n in lengths), _share(mine, None)))
         grid = grid_of(mine)
-        lines += [(f'"{name}"', *cell) for cell in _cells(*grid)]
+        lines += [(name, *cell) for cell in _cells(*grid)]
         answers += [_answer(name, r) for r in mine]
         if grid[2].size > 2:
             suffix = f"_{number + 1}" if len(ways) > 1 else ""

@@ -170,7 +170,8 @@ class Ruler:
             panels.append(Panel(f"RULER, {way}", ("task", *titles), by_task))
             for (task, n), part in cells.items():
                 if (score := mean(part)) is not None:
-                    lines.append((f'"{way}"', task, n, round(score, 4), len(part)))
+                    lines.append((way, task, n, round(score, 4), len(part)))
+            lines += [(way, "mean", n, round(m, 4), len(tasks)) for n, m in curves[way]]
         note = (
             f"Effective length: the longest with a mean above {self.threshold:g} over "
             f"the tasks asked ({len(self.tasks)} of {len(TASKS)}). wAvg weighs lengths "

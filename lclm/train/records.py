@@ -119,7 +119,8 @@ class Unrecorded:
 
 
 def loss_curve(folder: Path, *, title: str) -> Path | None:
-    """Draw loss and learning rate into `folder`/loss.png; None without records."""
+    """Draw loss and learning rate into `folder`/loss.png, with the numbers in loss.csv
+    beside it; None without records."""
     from matplotlib.figure import Figure
 
     records = read_journal(folder / JOURNAL)
@@ -143,4 +144,8 @@ def loss_curve(folder: Path, *, title: str) -> Path | None:
     rate.spines[["top"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
     figure.savefig(folder / "loss.png", dpi=130)
+    rows = ["step,loss,learning_rate,held_out_loss"]
+    rows += [f"{r['step']},{r['loss']},{r['lr']}," for r in steps]
+    rows += [f"{r['step']},,,{r['nll']}" for r in held]
+    write_atomic(folder / "loss.csv", "\n".join(rows) + "\n")
     return folder / "loss.png"

@@ -61,15 +61,17 @@ def test_a_run_writes_records_figures_and_one_page_that_loads_nothing(
     report, screen = go(config, tmp_path, lm)
     names = sorted(p.name for p in report.parent.iterdir())
     assert names == [
+        "cost.csv",
         "loss_by_position.csv",
         "loss_by_position.png",
         "metrics.jsonl",
         "passkey.csv",
         "report.html",
+        "run.json",
     ]
     page = report.read_text()
     assert "A &lt;small&gt; run" in page and "<small>" not in page
-    assert page.count("data:image/png;base64,") == 1
+    assert page.count('<figure class="chart">') == 1
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "lclm run --config=" in page and "window:window=8" in page
     assert "Perplexity by cache" in screen and "Passkey retrieval" in screen

@@ -103,7 +103,8 @@ def wait_for_step(process, folder, step: int) -> None:
 
 def test_a_run_leaves_records_events_a_curve_and_a_model(whole):
     assert {p.name for p in whole.iterdir()} == {
-        "train.json", "metrics.jsonl", "events", "loss.png", "checkpoints", "model"
+        "train.json", "metrics.jsonl", "events", "loss.png", "loss.csv",
+        "checkpoints", "model",
     }  # fmt: skip
     records = lines(whole)
     assert [r["step"] for r in records if "event" not in r] == [1, 2, 4, 6, 8]
