@@ -131,7 +131,7 @@ def test_contexts_are_shared_and_the_summary_has_chance_and_tokens(tmp_path):
     few, many = (int(x.replace(",", "")) for x in second.rows[0][1:])
     assert 0 < few < many
     csv = job.summary(records, trained=0).csv["many_shot.csv"]
-    assert csv.splitlines()[1] == '"full",3,0.75,4'
+    assert csv.splitlines()[1] == "full,3,0.75,4"
 
 
 def test_the_packaged_questions_are_split_the_same_each_time():

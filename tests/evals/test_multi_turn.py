@@ -263,7 +263,7 @@ def test_modes_and_turns_stand_against_each_other(tmp_path):
     told = job.summary(records, trained=0).panels[0].note
     assert "Query-aware in the first turn" in told and "read every question" in told
     summary = job.summary(records, trained=0)
-    assert '"multi_turn",kv,900,2,1.0,1' in summary.csv["multi_turn.csv"]
+    assert "multi_turn,kv,900,2,1.0,1" in summary.csv["multi_turn.csv"]
     assert summary.figures["multi_turn.png"].png()[:4] == b"\x89PNG"
 
 
