@@ -126,7 +126,10 @@ def test_a_context_over_the_budget_skips_its_whole_session_and_may_be_cut(tmp_pa
     Exam(strategies=("bm25",), budget=9, modes=("multi_request",))
 
 
-@pytest.mark.parametrize("cache", ["full", "streaming:sinks=2,window=14"])
+@pytest.mark.parametrize(
+    "cache",
+    [pytest.param("full", marks=pytest.mark.slow), "streaming:sinks=2,window=14"],
+)
 def test_a_real_session_answers_as_its_whole_text_read_anew(cache):
     lm = LanguageModel(tiny_lm().config, tiny_lm().params, Letters97())
     asked = [Prompt("", q.text, q) for q in QUERIES]

@@ -90,7 +90,7 @@ CASES = {
 SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "attention"]
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["attention", *SLOW])
 def test_zero_up_is_the_base_and_merged_is_attached(name, scan):
     config, on = CASES[name]

@@ -50,7 +50,7 @@ def gradients(made: Trainer, batch):
     return jax.jit(step.gradients)(made.state.params, made.frozen, batch)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_split_of_a_batch_gives_the_gradients_of_the_whole(parts):
     batch = packed()
     told, want = gradients(trainer(), batch)

@@ -200,6 +200,7 @@ def test_a_disk_too_small_is_refused_and_nothing_written(config, tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_stage_starts_from_a_finished_run(config, whole, tmp_path):
     folder = tmp_path / "second"
     train(f"{config}:name=second,start={whole},steps=2,lr=1e-4", folder)
