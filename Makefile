@@ -9,6 +9,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 ORACLES ?= .venv-oracles
 KERNELS ?= .venv-kernels
+KVPRESS ?= .venv-kvpress
 BENCH_ARGS ?=
 KERNEL_ARGS ?=
 PYTEST_ARGS ?=
@@ -16,10 +17,10 @@ PY := $(VENV)/bin/python
 ORACLE_PY := $(ORACLES)/bin/python
 PIP := -m pip --disable-pip-version-check install --quiet --progress-bar off
 
-.PHONY: help install demo test test-all pages lint bench oracles kernels clean
+.PHONY: help install demo test test-all pages lint bench bench-caches oracles kernels clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(VENV)/.package  ## .venv with the pinned packages and lclm itself
 
@@ -42,6 +43,9 @@ lint: $(VENV)/.requirements  ## ruff: rules and format
 bench: install $(ORACLES)/.llamacpp  ## side by side with PyTorch and llama.cpp
 	$(PY) -m benchmarks.compare --peer-python=$(ORACLE_PY) $(BENCH_ARGS)
 
+bench-caches: install $(KVPRESS)/.requirements  ## evicting caches beside kvpress (BENCH_ARGS=--tasks, --speed, --memory)
+	$(PY) -m benchmarks.caches --peer-python=$(KVPRESS)/bin/python $(BENCH_ARGS)
+
 oracles: install $(ORACLES)/.requirements $(ORACLES)-megalodon/.requirements $(ORACLES)-lm-eval/.requirements  ## regenerate the goldens and compare
 	set -e; for family in make_goldens mamba mamba2 jamba longbench_metrics; do \
 	    $(ORACLE_PY) tests/oracles/$$family.py --check; done
@@ -52,7 +56,7 @@ kernels: $(KERNELS)/.requirements  ## the kernels' values, and their compilation
 	$(KERNELS)/bin/python -m tests.kernels.prove $(KERNEL_ARGS)
 
 clean:  ## remove the environments (runs and the model cache stay)
-	rm -rf $(VENV) $(ORACLES) $(ORACLES)-megalodon $(ORACLES)-lm-eval $(KERNELS)
+	rm -rf $(VENV) $(ORACLES) $(ORACLES)-megalodon $(ORACLES)-lm-eval $(KERNELS) $(KVPRESS)
 
 $(VENV)/.requirements: requirements.txt
 	python=$${PYTHON:-$$(tools/python.sh 3.12)} && "$$python" -m venv $(VENV)
@@ -85,6 +89,11 @@ $(ORACLES)-lm-eval/.requirements: requirements-lm-eval.txt requirements.txt
 $(KERNELS)/.requirements: requirements-kernels.txt
 	python=$$(tools/python.sh 3.12) && "$$python" -m venv $(KERNELS)
 	$(KERNELS)/bin/python $(PIP) -r $<
+	touch $@
+
+$(KVPRESS)/.requirements: requirements-kvpress.txt
+	python=$$(tools/python.sh 3.11 exact) && "$$python" -m venv $(KVPRESS)
+	$(KVPRESS)/bin/python $(PIP) -r $<
 	touch $@
 
 $(ORACLES)/.llamacpp: $(ORACLES)/.requirements benchmarks/peers/build_llamacpp.sh

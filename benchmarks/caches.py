@@ -1,21 +1,24 @@
 """Evicting caches beside kvpress: what a cut prompt still knows, and what it costs.
 
     python -m benchmarks.caches --peer-python=.venv-kvpress/bin/python
+    python -m benchmarks.caches --peer-python=... --tasks [--length=2048]
     python -m benchmarks.caches --peer-python=... --speed --length=32768 --budget=2048
     python -m benchmarks.caches --memory [--length=65536] [--budget=2048]
 
 Quality: a passage of a novel is read and cut to the budget, then the loss of the text
 that follows it is taken; lclm with at=end (the form of the papers, and kvpress's) and
-at=chunk (bounded throughout), kvpress with the same settings. Speed: tokens read and
-written a second, and the highest resident size over that of a prompt of budget + chunk
-tokens. Same weights, interleaved, float32; --only names other sides, `lclm int8` and
-`kvpress bf16`. Memory (lclm alone): the highest resident size of a process that reads
-`length` tokens with at=chunk, over that when it had read budget + chunk, as a share of
-the budget's cache; a process a policy, from when its weights are loaded. That peak may
-be the compiler's: `share_reading` takes both texts when all is compiled, each from a
-heap whose free pages were given back. It has the allocator's noise in it, of a few
-calls' working memory. What was measured with the same settings is not measured again.
-Writes benchmarks/results/caches_{quality,speed,memory}.json.
+at=chunk (bounded throughout), kvpress with the same settings. Tasks: passkeys, needles
+and five facts of one text, asked after the cut, so no cut knows its question. Speed:
+tokens read and written a second, and the highest resident size over that of a prompt of
+budget + chunk tokens. Same weights, interleaved, float32; --only names other sides,
+`lclm int8` and `kvpress bf16`. Memory (lclm alone): the highest resident size of a
+process that reads `length` tokens with at=chunk, over that when it had read budget +
+chunk, as a share of the budget's cache; a process a policy, from when its weights are
+loaded. That peak may be the compiler's: `share_reading` takes both texts when all is
+compiled, each from a heap whose free pages were given back. It has the allocator's
+noise in it, of a few calls' working memory. What was measured with the same settings is
+not measured again.
+Writes benchmarks/results/caches_{quality,tasks,speed,memory}.json.
 """
 
 import argparse
@@ -24,6 +27,7 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +57,23 @@ MEMORY = {
     "h2o bits=4": OURS["h2o"] + ",bits=4",
     "locret": "locret:budget={budget}",
     "infinipot": "infinipot:budget={budget}",
+}
+# Those whose memory follows the text stand beside them: their budget is what a query
+# reads (quest), or the streaming heads' (duo).
+ASKED = {
+    **OURS,
+    "locret": "locret:budget={budget}",
+    "infinipot": "infinipot:budget={budget},keep={half}",
+    "quest": "quest:budget={budget}",
+    "duo": "duo:sinks=64,window={half}",
+    "quantised": "quantised:bits=2,residual=128",
+}
+# By kind: tokens of a text, budgets, and what else makes rows comparable.
+SIZES = {
+    "memory": (65536, [2048], ["chunk"]),
+    "speed": (32768, [2048], ["new", "rounds"]),
+    "tasks": (2048, [256, 512, 1024], []),
+    "quality": (3584, [256, 1024], ["after", "texts"]),
 }
 
 
@@ -105,30 +126,70 @@ def passages(length: int, after: int, count: int) -> list[tuple[list[int], list[
     ]
 
 
+def every_way(
+    args: argparse.Namespace, policies: dict[str, str]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """(how a text is cut, what a peer is told of it): methods, budgets, modes."""
+    yield way("full", None, "full", "lclm", "full")
+    for budget, (name, policy) in itertools.product(args.budget, policies.items()):
+        if name not in (args.methods or policies):
+            continue
+        filled = policy.format(budget=budget, half=budget // 2, window=budget - 4)
+        yield way(name, budget, "chunk", "lclm", filled)
+        if name in SAME:
+            same = f"{name}:budget={budget},at=end,{SAME[name]}"
+            yield way(name, budget, "end", "lclm", same)
+            yield way(name, budget, "end", "kvpress", None)
+
+
+def way(
+    name: str, budget: int | None, mode: str, library: str, cache: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The columns that tell one row from another, and the peer's settings."""
+    known = {"method": name, "budget": budget, "at": mode, "library": library}
+    return known, {"method": name, "budget": budget, "cache": cache}
+
+
 def quality(
     workers: dict[str, Worker], args: argparse.Namespace, table: "Table"
 ) -> None:
     """Mean loss behind a cut passage, by method, budget and mode."""
     texts = passages(args.length, args.after, args.texts)
-    asks = [("full", None, "full", "lclm", "full")]
-    for budget in args.budget:
-        for name, policy in OURS.items():
-            filled = policy.format(budget=budget, window=budget - 4)
-            asks.append((name, budget, "chunk", "lclm", filled))
-            if name in SAME:
-                same = f"{name}:budget={budget},at=end,{SAME[name]}"
-                asks.append((name, budget, "end", "lclm", same))
-                asks.append((name, budget, "end", "kvpress", None))
-    for name, budget, mode, library, cache in asks:
-        known = {"method": name, "budget": budget, "at": mode, "library": library}
-        if library not in workers or table.holds(known):
+    for known, ask in every_way(args, OURS):
+        if known["library"] not in workers or table.holds(known):
             continue
-        ask = {"method": name, "budget": budget, "cache": cache}
         answers = [
-            workers[library].ask(ask | {"tokens": tokens, "after": after})
+            workers[known["library"]].ask(ask | {"tokens": tokens, "after": after})
             for tokens, after in texts
         ]
         table.put(known, summary(answers))
+
+
+def tasks(workers: dict[str, Worker], args: argparse.Namespace, table: "Table") -> None:
+    """Answers found in cut texts, by method, budget and mode."""
+    from benchmarks.cache_tasks import contexts
+    from lclm import hub
+
+    tokenizer = hub.load("smollm2-135m", packed="int4").tokenizer
+    asked = contexts(tokenizer, args.length)
+    for known, ask in every_way(args, ASKED):
+        if known["library"] not in workers or table.holds(known):
+            continue
+        worker, points, answer = workers[known["library"]], {}, {}
+        for each in asked:
+            # One room for all texts: they share compiled programs.
+            room = {"room": args.length + 128}
+            answer = worker.ask(ask | each.request(tokenizer) | room)
+            if "error" in answer:
+                break
+            points.setdefault(each.task, []).extend(
+                each.points(tokenizer, answer["answers"])
+            )
+        if "error" in answer:
+            table.put(known, {"error": answer["error"]})
+            continue
+        found = {f"{task} of {len(its)}": sum(its) for task, its in points.items()}
+        table.put(known, {"cache_bytes": answer["cache_bytes"]} | found)
 
 
 def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -220,6 +281,7 @@ def main() -> None:
     flags.add_argument("--peer-python", type=Path, help="a Python with kvpress")
     flags.add_argument("--speed", action="store_true")
     flags.add_argument("--memory", action="store_true")
+    flags.add_argument("--tasks", action="store_true")
     flags.add_argument("--length", type=int)
     flags.add_argument("--chunk", type=int, default=CHUNK, help="of --memory")
     flags.add_argument("--after", type=int, default=256)
@@ -234,11 +296,11 @@ def main() -> None:
     from lclm import hub
 
     model = hub.pull("smollm2-135m")
-    kind = "memory" if args.memory else "speed" if args.speed else "quality"
-    args.length = args.length or (65536 if args.memory else 3584)
-    args.budget = args.budget or ([256, 1024] if kind == "quality" else [2048])
-    names = {"memory": ["chunk"], "speed": ["new", "rounds"]}
-    names = names.get(kind, ["after", "texts"])
+    kinds = [kind for kind in ("memory", "speed", "tasks") if getattr(args, kind)]
+    kind = kinds[0] if kinds else "quality"
+    length, budgets, names = SIZES[kind]
+    args.length = args.length or length
+    args.budget = args.budget or budgets
     facts = {name: getattr(args, name) for name in ["length", "threads", *names]}
     facts = {"cpu": cpu_model(), "model": model.name} | facts
     table = Table(HERE / "results" / f"caches_{kind}.json", facts)
@@ -252,7 +314,7 @@ def main() -> None:
         if name in (args.only or ["lclm", "kvpress"])
     }
     try:
-        (speed if args.speed else quality)(workers, args, table)
+        {"speed": speed, "tasks": tasks, "quality": quality}[kind](workers, args, table)
     finally:
         for worker in workers.values():
             worker.close()

@@ -42,6 +42,19 @@ def make(settings: dict[str, Any]) -> Peer:
         at = torch.arange(start, start + ids.shape[1])[None]
         return model(ids, past_key_values=cache, position_ids=at).logits
 
+    def answer(cache: Any, start: int, question: list[int], new: int) -> list[int]:
+        """Greedy tokens behind a question; the cache is left as it was."""
+        kept = [(layer.keys, layer.values) for layer in cache.layers]
+        ids, said = torch.tensor([question]), []
+        for _ in range(new):
+            token = behind(ids, cache, start)[:, -1:].argmax(-1)
+            start += ids.shape[1]
+            ids = token
+            said.append(int(token))
+        for layer, (keys, values) in zip(cache.layers, kept, strict=True):
+            layer.keys, layer.values = keys, values
+        return said
+
     @torch.inference_mode()
     def measure(request: dict[str, Any]) -> dict[str, Any]:
         tokens = request["tokens"]
@@ -54,6 +67,8 @@ def make(settings: dict[str, Any]) -> Peer:
             for x in (layer.keys, layer.values)
         )
         found = {"read_seconds": read_seconds, "cache_bytes": held}
+        if asks := request.get("asks"):
+            return found | {"answers": [answer(cache, len(tokens), *a) for a in asks]}
         if after := request.get("after"):
             ids = torch.tensor([after])
             logits = behind(ids, cache, len(tokens))[:, :-1]

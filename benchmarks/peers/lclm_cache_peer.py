@@ -29,11 +29,15 @@ def make(settings: dict[str, Any]) -> Peer:
             reset_peak()
         began = time.perf_counter()
         chunk = request.get("chunk", 512)
-        context = lm.prefill(tokens, cache=request["cache"], chunk=chunk)
+        room = max(0, request.get("room", 0) - len(tokens))
+        context = lm.prefill(tokens, cache=request["cache"], chunk=chunk, room=room)
         found = {
             "read_seconds": time.perf_counter() - began,
             "cache_bytes": context.stats.bytes,
         }
+        if asks := request.get("asks"):
+            said = [context.generate(ask, new).tokens for ask, new in asks]
+            return found | {"answers": [list(map(int, row)) for row in said]}
         if after := request.get("after"):
             return found | {"nll": float(context.nll(after).mean())}
         if not request.get("new"):
