@@ -1,4 +1,5 @@
-"""Scores of an answer against the wanted, as LongBench (arXiv 2308.14508) has them.
+"""Scores of an answer against the wanted, as LongBench (arXiv 2308.14508) has them,
+and two of SCBench's (arXiv 2412.10319).
 
 Quirks included: a score is comparable with published ones only if it makes the same
 mistakes. Each function maps (prediction, one wanted answer) to [0, 1].
@@ -6,6 +7,7 @@ mistakes. Each function maps (prediction, one wanted answer) to [0, 1].
 
 # ruff: noqa: RUF001 - the marks that are dropped look like others.
 import difflib
+import math
 import re
 import string
 from collections import Counter
@@ -107,11 +109,7 @@ def _sentences(text: str) -> list[list[str]]:
 
 def _common(left: Sequence[str], right: Sequence[str]) -> list[str]:
     """A longest common subsequence, ties broken as the package breaks them."""
-    table = [[0] * (len(right) + 1) for _ in range(len(left) + 1)]
-    for i, a in enumerate(left, 1):
-        for j, b in enumerate(right, 1):
-            best = max(table[i - 1][j], table[i][j - 1])
-            table[i][j] = table[i - 1][j - 1] + 1 if a == b else best
+    table = _lengths(left, right)
     found, i, j = [], len(left), len(right)
     while i and j:
         if left[i - 1] == right[j - 1]:
@@ -124,9 +122,85 @@ def _common(left: Sequence[str], right: Sequence[str]) -> list[str]:
     return found
 
 
+def _lengths(left: Sequence[str], right: Sequence[str]) -> list[list[int]]:
+    """[i][j]: length of a longest common subsequence of the first i and j words."""
+    table = [[0] * (len(right) + 1) for _ in range(len(left) + 1)]
+    for i, a in enumerate(left, 1):
+        for j, b in enumerate(right, 1):
+            best = max(table[i - 1][j], table[i][j - 1])
+            table[i][j] = table[i - 1][j - 1] + 1 if a == b else best
+    return table
+
+
 def rouge_zh(prediction: str, wanted: str, *, words: Segment = segment) -> float:
     """`rouge` of Chinese texts, their words set apart by spaces."""
     return rouge(" ".join(words(prediction)), " ".join(words(wanted)))
+
+
+def rouge_lsum(prediction: str, wanted: str) -> float:
+    """ROUGE-Lsum f of the `rouge_score` package, without its stemmer.
+
+    Lines are the sentences. Of each wanted line the words of its longest common
+    subsequences with all predicted lines count, a word no oftener than either text
+    has it.
+    """
+    found, ours = (
+        [re.findall("[a-z0-9]+", line.lower()) for line in text.split("\n") if line]
+        for text in (wanted, prediction)
+    )
+    reference = Counter(word for line in found for word in line)
+    written = Counter(word for line in ours for word in line)
+    wanted_words, words, hits = reference.total(), written.total(), 0
+    for line in found:
+        joined = sorted({i for other in ours for i in _common_at(line, other)})
+        for word in (line[i] for i in joined):
+            if written[word] > 0 and reference[word] > 0:
+                hits += 1
+                written[word] -= 1
+                reference[word] -= 1
+    if not hits:
+        return 0.0
+    precision, recall = hits / words, hits / wanted_words
+    return 2 * precision * recall / (precision + recall)
+
+
+def _common_at(left: Sequence[str], right: Sequence[str]) -> list[int]:
+    """Where a longest common subsequence stands in `left`; ties go left last."""
+    table = _lengths(left, right)
+    found, i, j = [], len(left), len(right)
+    while i and j:
+        if left[i - 1] == right[j - 1]:
+            i, j = i - 1, j - 1
+            found.append(i)
+        elif table[i][j - 1] > table[i - 1][j]:
+            j -= 1
+        else:
+            i -= 1
+    return found
+
+
+def bleu(prediction: str, wanted: str, *, order: int = 4) -> float:
+    """BLEU of words between spaces, smoothed as `nltk`'s method 4 does.
+
+    A count of 0 becomes log(n) / (5 x 2^k) for n predicted words, k counting such
+    counts (Chen and Cherry 2014); without a common word the score is 0.
+    """
+    said, code = prediction.split(), wanted.split()
+    logs, missed = [], 0
+    for n in range(1, order + 1):
+        mine, theirs = (
+            Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+            for words in (said, code)
+        )
+        hits = float((mine & theirs).total())
+        if not hits:
+            if n == 1 or len(said) < 2:
+                return 0.0
+            missed += 1
+            hits = math.log(len(said)) / (5 * 2**missed)
+        logs.append(math.log(hits / max(1, mine.total())))
+    short = min(0.0, 1 - len(code) / len(said))
+    return math.exp(short + sum(logs) / order)
 
 
 def classification(prediction: str, wanted: str, classes: Sequence[str]) -> float:

@@ -32,7 +32,7 @@ from lclm.evals.base import (
 from lclm.evals.exam import Exam, Item, mean, table, ways
 from lclm.evals.labelled import Labelled
 from lclm.evals.multi_turn_tasks import TASKS, Sample, make
-from lclm.evals.scbench import GRADES, KINDS, files, read_kind
+from lclm.evals.scbench import COLUMNS, KINDS, files, grade, read_kind
 
 TITLE = "Shared context"
 
@@ -137,7 +137,7 @@ class MultiTurn:
 
     def grade(self, query: Query, answer: str) -> float:
         """The kind's metric, in [0, 1]."""
-        return GRADES[query.meta["metric"]](answer, query.answers)
+        return grade(query, answer)
 
     def run(
         self, lm: LanguageModel, *, journal: Journal, observe: Observe = silent
@@ -156,7 +156,7 @@ class MultiTurn:
         """Tables by turn, kind and length, modes against each other, a curve."""
         turns = {t: f"turn {t + 1}" for t in sorted({r["query"] for r in records})}
         there = {r["kind"] for r in records}
-        kinds = {k: k for k in (*TASKS, *KINDS) if k in there}
+        kinds = {k: k for k in (*TASKS, *COLUMNS) if k in there}
         lengths = sorted({r["length"] for r in records if r.get("length")})
         by = {"turn": ("query", turns), "task": ("kind", kinds)}
         if len(lengths) > 1:

@@ -85,6 +85,12 @@ def labelled(path, lines=80):
     return path
 
 
+def function(mark):
+    """Code that is unlike that of another mark."""
+    body = f"{mark}_sum = {mark}_in + {mark}_in\n    return {mark}_sum"
+    return f"def double_{mark}({mark}_in):\n    {body}"
+
+
 def scbench(folder):
     """Files of SCBench's kinds, two lines of two turns each."""
     folder.mkdir()
@@ -97,6 +103,14 @@ def scbench(folder):
         "qa_eng": lambda m: (f"Who saw {m}?", ["no such one", f"the {m} man"]),
         "qa_chn": lambda m: (f"{m}在哪里?", ["北京"]),
         "choice_eng": lambda m: (f"What is {m}?", "B"),
+        "summary": lambda m: (f"Tell the story of {m}.", f"Once {m} ran\nand rested"),
+        "summary_with_needles": lambda m: (f"The pass key of {m}?", "68129"),
+        "repoqa": lambda m: (f"It doubles {m}.", function(m)),
+        "repoqa_and_kv": lambda m: (f"It doubles {m}.", function(m)),
+    }
+    mixed = {
+        "summary_with_needles": ("scbench_passkey", "scbench_summary"),
+        "repoqa_and_kv": ("scbench_repoqa", "scbench_kv"),
     }
     for name, turn in turns.items():
         rows = []
@@ -104,8 +118,16 @@ def scbench(folder):
             asked = [turn(mark) for mark in MARKS[2 * i : 2 * i + 2]]
             more = {"options": ["w", "x", "y", "z"]} if name == "choice_eng" else {}
             talk = [{"input": q, "answer": a, **more} for q, a in asked]
+            for place, (mark, turn) in enumerate(
+                zip(MARKS[2 * i :], talk, strict=False)
+            ):
+                if name in mixed:
+                    turn["task"] = mixed[name][place]
+                if name.startswith("repoqa") and turn.get("task") != "scbench_kv":
+                    turn["name"] = f"double_{mark}"
             text = [5, 9, i] if name == "mf" else f"Text {i} of {name}. " * 9
-            rows.append({"id": i, "context": text, "multi_turns": talk})
+            row = {"id": i, "context": text, "multi_turns": talk}
+            rows.append(row | ({"repo": "mill"} if name.startswith("repoqa") else {}))
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"scbench_{name}.jsonl").write_text(lines, encoding="utf-8")
     return folder

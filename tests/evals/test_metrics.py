@@ -67,3 +67,34 @@ def test_the_first_line_and_what_it_holds():
 def test_without_jieba_chinese_is_cut_into_characters():
     assert metrics.segmenter() in ("jieba", "characters")
     assert metrics.qa_f1_zh("北京市", "北京", words=list) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "score"),
+    [
+        ("the cat sat on the mat", "The cat's mat.", 0.6),
+        ("b c a b\na b x", "a b c a\nx a", 10 / 13),
+        ("The mill burned, then the mayor left\nNobody stayed",
+         "Nobody stayed: the mayor left\nthe mill, and the mill burned", 0.7),
+        ("a b", "c d", 0),
+        ("", "a b", 0),
+    ],
+)  # fmt: skip
+def test_lines_are_summed_as_by_the_rouge_score_package(said, wanted, score):
+    assert metrics.rouge_lsum(said, wanted) == pytest.approx(score, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "score"),
+    [
+        ("def f(x): return x + 1", "def f(x):\n  return x + 1", 1),
+        ("def f(x): return x - 1", "def f(x): return x + 1", 0.537284965911771),
+        ("a b c d e f", "a b c x e f", 0.293945703509473),
+        ("return x", "def f(x): return x + 1", 0.029961687346935995),
+        ("a b c d e f g", "a b", 0.081939171811711),
+        ("q r", "a b", 0),
+        ("", "a b", 0),
+    ],
+)
+def test_likeness_of_code_is_nltk_s_smoothed_bleu(said, wanted, score):
+    assert metrics.bleu(said, wanted) == pytest.approx(score, abs=1e-12)

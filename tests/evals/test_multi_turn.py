@@ -287,10 +287,40 @@ def test_modes_and_turns_stand_against_each_other(tmp_path):
         ("choice", "", ["B"], 0),
         ("qa_f1_zh", "北京", ["北京"], 1),
         ("label", "7\nlabel: 8", ["7"], 1),
+        ("rouge_lsum", "the mill burned", ["A cart", "The mill; it burned!"], 6 / 7),
+        ("first_digits", "It is 68129, not 5.", ["68129"], 1),
+        ("first_digits", "Not 5 but 68129.", ["68129"], 0),
     ],
 )
 def test_answers_are_scored_by_the_kind_s_rule(metric, said, wanted, right):
-    assert scbench.GRADES[metric](said, wanted) == right
+    assert scbench.GRADES[metric](said, wanted) == pytest.approx(right, abs=1e-12)
+
+
+CODE = {mark: eval_files.function(mark) for mark in ("amber", "cobalt")}
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        (CODE["amber"], 1),
+        (f"Here:\n```python\n{CODE['amber']}\n```\nand\n```\nelse\n```", 1),
+        (f"```\n{CODE['amber']}", 1),  # A block that is not closed is part of the text.
+        (f"```\n{CODE['cobalt']}\n```\n{CODE['amber']}", 0),
+        (CODE["cobalt"], 0),
+        (CODE["amber"].partition("return")[0], 0),  # Likest, and not like enough.
+        ("", 0),
+    ],
+)
+def test_a_function_is_found_where_it_is_likest_and_like_enough(said, right):
+    query = scbench.FunctionQuery("?", (CODE["amber"],), rivals=(CODE["cobalt"],))
+    assert scbench.grade(query, said) == right
+
+
+def test_a_rival_that_is_liker_takes_the_score():
+    near = CODE["amber"] + " + 0"
+    query = scbench.FunctionQuery("?", (CODE["amber"],), rivals=(near,))
+    assert scbench.grade(query, CODE["amber"]) == 1
+    assert scbench.grade(query, near) == 0
 
 
 def test_the_benchmark_s_files_are_read_with_so_many_turns_and_lines(tmp_path):
@@ -300,6 +330,7 @@ def test_the_benchmark_s_files_are_read_with_so_many_turns_and_lines(tmp_path):
     assert [e.meta["kind"] for e in examples] == list(scbench.KINDS)
     assert all(len(e.queries) == 1 for e in examples)
     by = {e.meta["kind"]: e for e in examples}
+    assert by["repoqa"].query.rivals == (eval_files.function("bronze"),)
     assert by["mf"].context == "[5, 9, 0]" and by["mf"].answers == ("8",)
     assert "B. x\nC. y" in by["choice_eng"].query.text
     assert by["vt"].query.every and by["vt"].answers == ("AMBERA", "AMBERB")
@@ -308,6 +339,26 @@ def test_the_benchmark_s_files_are_read_with_so_many_turns_and_lines(tmp_path):
     (folder / "data").mkdir()
     (folder / "scbench_kv.jsonl").rename(folder / "data" / "scbench_kv.jsonl")
     assert MultiTurn(str(folder), ("kv",)).examples(Letters()) == whole
+
+
+def test_turns_of_two_tasks_are_scored_by_their_own_and_parted(tmp_path):
+    folder = str(eval_files.scbench(tmp_path / "scbench"))
+    job = MultiTurn(folder, ("repoqa_and_kv", "summary_with_needles"))
+    code, told = (e.queries for e in job.examples(Letters())[::2])
+    assert [q.meta["kind"].partition(": ")[2] for q in (*code, *told)] == [
+        "repoqa", "kv", "passkey", "summary"
+    ]  # fmt: skip
+    assert [q.max_new_tokens for q in (*code, *told)] == [1024, 80, 15, 800]
+    assert code[0].rivals == (eval_files.function("cobalt"),)
+    assert [job.grade(q, q.perfect) for q in (*code, *told)] == [1, 1, 1, 1]
+    assert not any(job.grade(q, "") for q in (*code, *told))
+    records = [
+        dict(cache="full", strategy="whole", questions="hidden", mode="multi_turn",
+             query=i, score=1.0, **{"kind": "repoqa_and_kv", **q.meta})
+        for i, q in enumerate(code)
+    ]  # fmt: skip
+    columns = job.summary(records, trained=0).panels[1].columns
+    assert columns[1:3] == ("repoqa_and_kv: repoqa", "repoqa_and_kv: kv")
 
 
 @pytest.mark.parametrize(
@@ -325,13 +376,20 @@ def test_the_benchmark_s_files_are_read_with_so_many_turns_and_lines(tmp_path):
             r"answer is \['E'\]; neither A-D nor an option",
         ),
         ("kv", None, "line 2: multi_turns is empty"),
+        ("repoqa", {"input": "?", "answer": "x"}, "no field 'name'"),
+        ("repoqa_and_kv", {"input": "?", "answer": "x"}, "no field 'task'"),
+        (
+            "summary_with_needles",
+            {"input": "?", "answer": "x", "task": "scbench_kv"},
+            "task is 'scbench_kv'; expected one of scbench_summary, scbench_passkey",
+        ),
     ],
 )
 def test_a_malformed_line_is_named_before_the_model_runs(tmp_path, name, turn, words):
     folder = eval_files.scbench(tmp_path / "scbench")
     path = folder / f"scbench_{name}.jsonl"
     first, _ = path.read_text(encoding="utf-8").splitlines()
-    bad = {"context": "x", "multi_turns": [] if turn is None else [turn]}
+    bad = {"context": "x", "multi_turns": [] if turn is None else [turn], "repo": "r"}
     path.write_text(f"{first}\n{json.dumps(bad)}\n", encoding="utf-8")
     lm = Echo()
     with pytest.raises(
