@@ -4,7 +4,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from lclm.data.sources import bind
 from lclm.errors import LclmError, unknown
@@ -27,9 +27,11 @@ from lclm.evals.base import (
     Panel,
     Query,
     Record,
+    Tokenizer,
     by_model,
     require,
     show,
+    silent,
 )
 from lclm.evals.strategies import FILLING, STRATEGIES, Desk, make
 
@@ -138,6 +140,57 @@ class Exam:
                 )
                 tasks.append(Task(label, its, work))
         return run_tasks(tasks, journal=journal, observe=observe)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """An evaluation made of examples, put to a model as an `Exam`.
+
+    Its fields are those of the exam. A subclass has a `task`, the name in its records,
+    `items` and `grade`.
+    """
+
+    task: ClassVar[str]
+    modes: ClassVar[tuple[str, ...]] = ()
+
+    budget: int = 0
+    chat: bool = False
+    caches: tuple[str, ...] = ("full",)
+    strategies: tuple[str, ...] = ("whole",)
+    questions: str = "hidden"
+
+    def exam(self) -> Exam:
+        """How the questions are put; raises LclmError where they cannot be."""
+        told = (self.caches, self.strategies, self.questions, self.budget, self.chat)
+        return Exam(*told, self.modes)
+
+    def items(self, tokenizer: Tokenizer, starts: int = 0) -> list[Item]:
+        """Every question; `starts` tokens (BOS) of the model's own count in lengths."""
+        raise NotImplementedError
+
+    def grade(self, query: Query, answer: str) -> float:
+        """Score of an answer in [0, 1]."""
+        raise NotImplementedError
+
+    def examples(self, tokenizer: Tokenizer) -> list[Example]:
+        """Every example, built."""
+        return [item.make() for item in self.items(tokenizer)]
+
+    def sittings(self, items: list[Item]) -> Iterable[tuple[Exam, list[Item]]]:
+        """Exams, and what is put in each."""
+        return [(self.exam(), items)]
+
+    def run(
+        self, lm: LanguageModel, *, journal: Journal, observe: Observe = silent
+    ) -> list[Record]:
+        """Ask every question not yet in the journal."""
+        put = dict(lm=lm, grade=self.grade, journal=journal, observe=observe)
+        items = self.items(lm.tokenizer, len(lm.encode("")))
+        return [
+            record
+            for exam, part in self.sittings(items)
+            for record in exam.run(part, task=self.task, **put)
+        ]
 
 
 def _keys(base: Record, item: Item) -> tuple[Record, ...]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,19 +11,14 @@ from lclm.evals import metrics
 from lclm.evals.asking import NOTES
 from lclm.evals.base import (
     Example,
-    Journal,
-    LanguageModel,
-    Observe,
     Panel,
     Query,
     Record,
     Summary,
-    Tokenizer,
     require,
-    silent,
     to_csv,
 )
-from lclm.evals.exam import Exam, Item, fingerprint, mean, ways
+from lclm.evals.exam import Examination, Item, fingerprint, mean, ways
 from lclm.evals.lines import read_lines, texts
 from lclm.evals.longbench_tasks import BUCKETS, DATASETS, bucket
 
@@ -126,7 +121,7 @@ def _item(name: str, number: int, key: tuple, queries: list[Query]) -> Item:
 
 
 @dataclass(frozen=True)
-class LongBench:
+class LongBench(Examination):
     """Scores by dataset, category and language, or by length bucket (`extended`).
 
     folder: the benchmark's files, `data/NAME.jsonl` and `config/*.json`. limit: the
@@ -138,12 +133,11 @@ class LongBench:
     datasets: tuple[str, ...] = ()
     extended: bool = False
     limit: int = 0
+    _: KW_ONLY
     budget: int = 7500
-    chat: bool = False
-    caches: tuple[str, ...] = ("full",)
     strategies: tuple[str, ...] = ("truncate",)
-    questions: str = "hidden"
 
+    task: ClassVar = "longbench"
     SCOPE: ClassVar = ("folder", "extended", "budget", "chat")
 
     def __post_init__(self):
@@ -174,13 +168,7 @@ class LongBench:
         mini = readme.is_file() and readme.read_bytes().startswith(b"LongBench-mini")
         return "LongBench" + ("-mini" if mini else "") + ("-E" if self.extended else "")
 
-    def exam(self) -> Exam:
-        """How the questions are put."""
-        return Exam(
-            self.caches, self.strategies, self.questions, self.budget, self.chat
-        )
-
-    def items(self) -> list[Item]:
+    def items(self, tokenizer: object = None, starts: int = 0) -> list[Item]:
         """Every question, checked; dataset by dataset."""
         folder = Path(self.folder).expanduser()
         settings = Settings.read(folder)
@@ -191,27 +179,10 @@ class LongBench:
             for item in read_dataset(name, found[name], settings, self.limit)
         ]
 
-    def examples(self, tokenizer: Tokenizer) -> list[Example]:
-        """Every example; they do not depend on the tokenizer."""
-        return [item.make() for item in self.items()]
-
     def grade(self, query: Query, answer: str) -> float:
         """The dataset's own metric, the best over the wanted answers."""
         dataset = DATASETS[query.meta["dataset"]]
         return dataset.score(answer, query.answers, query.meta["classes"])
-
-    def run(
-        self, lm: LanguageModel, *, journal: Journal, observe: Observe = silent
-    ) -> list[Record]:
-        """Ask every question not yet in the journal."""
-        return self.exam().run(
-            self.items(),
-            lm=lm,
-            task="longbench",
-            grade=self.grade,
-            journal=journal,
-            observe=observe,
-        )
 
     def summary(self, records: Sequence[Record], *, trained: int) -> Summary:
         """A row for each dataset and mean, a column for each way of reading."""

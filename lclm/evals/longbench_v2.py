@@ -3,27 +3,22 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lclm.errors import LclmError
 from lclm.evals.base import (
     Example,
-    Journal,
-    LanguageModel,
-    Observe,
     Panel,
     Query,
     Record,
     Summary,
-    Tokenizer,
     require,
     show,
-    silent,
     to_csv,
 )
-from lclm.evals.exam import Exam, Item, fingerprint, table, ways
+from lclm.evals.exam import Examination, Item, fingerprint, table, ways
 from lclm.evals.lines import checked, read_lines
 
 CHOICES = "ABCD"
@@ -58,7 +53,7 @@ def choice(answer: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class LongBenchV2:
+class LongBenchV2(Examination):
     """Accuracy in all, by difficulty and by length.
 
     file: the benchmark's data.json, or the same as .jsonl. limit: the first so many.
@@ -67,12 +62,11 @@ class LongBenchV2:
 
     file: str
     limit: int = 0
+    _: KW_ONLY
     budget: int = 7500
-    chat: bool = False
-    caches: tuple[str, ...] = ("full",)
     strategies: tuple[str, ...] = ("truncate",)
-    questions: str = "hidden"
 
+    task: ClassVar = "longbench_v2"
     SCOPE: ClassVar = ("file", "budget", "chat")
 
     def __post_init__(self):
@@ -84,13 +78,7 @@ class LongBenchV2:
         )
         self.exam()
 
-    def exam(self) -> Exam:
-        """How the questions are put."""
-        return Exam(
-            self.caches, self.strategies, self.questions, self.budget, self.chat
-        )
-
-    def items(self) -> list[Item]:
+    def items(self, tokenizer: object = None, starts: int = 0) -> list[Item]:
         """Every question, checked; questions about one text share its reading."""
         groups: dict[str, list[tuple[str, Query]]] = {}
         rows = _rows(Path(self.file).expanduser())
@@ -110,26 +98,9 @@ class LongBenchV2:
             groups.setdefault(row["context"], []).append((where, query))
         return [_item(text, found) for text, found in groups.items()]
 
-    def examples(self, tokenizer: Tokenizer) -> list[Example]:
-        """Every example; they do not depend on the tokenizer."""
-        return [item.make() for item in self.items()]
-
     def grade(self, query: Query, answer: str) -> float:
         """1 if the declared letter is the right one."""
         return float(choice(answer) == choice(query.answers[0]))
-
-    def run(
-        self, lm: LanguageModel, *, journal: Journal, observe: Observe = silent
-    ) -> list[Record]:
-        """Ask every question not yet in the journal."""
-        return self.exam().run(
-            self.items(),
-            lm=lm,
-            task="longbench_v2",
-            grade=self.grade,
-            journal=journal,
-            observe=observe,
-        )
 
     def summary(self, records: Sequence[Record], *, trained: int) -> Summary:
         """Accuracy by difficulty and length, plain and compensated."""

@@ -7,8 +7,8 @@ The benchmark's own files or built ones; the place of the answer is ours to choo
 import random
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,18 +16,13 @@ from lclm.errors import unknown
 from lclm.evals import figures, metrics, search
 from lclm.evals.base import (
     Example,
-    Journal,
-    LanguageModel,
-    Observe,
     Query,
     Record,
     Summary,
-    Tokenizer,
     require,
-    silent,
     to_csv,
 )
-from lclm.evals.exam import Exam, Item, mean, table, ways
+from lclm.evals.exam import Exam, Examination, Item, mean, table, ways
 from lclm.evals.lines import checked, read_lines, texts
 
 KINDS = ("qa", "kv")
@@ -171,7 +166,7 @@ def example(kind: str, asked: Asked, *, place: int) -> Example:
 
 
 @dataclass(frozen=True)
-class LostInTheMiddle:
+class LostInTheMiddle(Examination):
     """Accuracy by the place of the answer.
 
     file: a genuine .jsonl.gz; "" builds pairs (`kv`) or takes `source` (`qa`: hotpotqa,
@@ -187,11 +182,9 @@ class LostInTheMiddle:
     distractors: str = "hard"
     limit: int = 50
     seed: int = 0
+    _: KW_ONLY
     budget: int = 7500
-    chat: bool = False
-    caches: tuple[str, ...] = ("full",)
     strategies: tuple[str, ...] = ("closed_book", "whole", "oracle")
-    questions: str = "hidden"
 
     SCOPE: ClassVar = ("kind", "file", "distractors", "budget", "chat")
 
@@ -208,12 +201,6 @@ class LostInTheMiddle:
         bad = [p for p in self.places if p < 0 or (self.total and p >= self.total)]
         require(not bad, f"places {bad} are outside a context of {self.total} parts")
         self.exam()
-
-    def exam(self) -> Exam:
-        """How the questions are put."""
-        return Exam(
-            self.caches, self.strategies, self.questions, self.budget, self.chat
-        )
 
     def asked(self) -> list[Asked]:
         """The questions with all their parts."""
@@ -245,7 +232,7 @@ class LostInTheMiddle:
         others = asked.others[: self.total - 1]
         return Asked(asked.question, asked.answers, asked.gold, others)
 
-    def items(self) -> list[Item]:
+    def items(self, tokenizer: object = None, starts: int = 0) -> list[Item]:
         """Every question at every place, place by place."""
         asked = self.asked()
         parts = min(len(a.others) + 1 for a in asked)
@@ -262,10 +249,6 @@ class LostInTheMiddle:
 
         return [item(n, a, p) for p in places for n, a in enumerate(asked)]
 
-    def examples(self, tokenizer: Tokenizer) -> list[Example]:
-        """Every example; they do not depend on the tokenizer."""
-        return [item.make() for item in self.items()]
-
     def grade(self, query: Query, answer: str) -> float:
         """`kv`: the value occurs; `qa`: an answer is part of the first line."""
         score: Callable = (
@@ -273,30 +256,17 @@ class LostInTheMiddle:
         )
         return score(answer, query.answers)
 
-    def run(
-        self, lm: LanguageModel, *, journal: Journal, observe: Observe = silent
-    ) -> list[Record]:
-        """Ask every question not yet in the journal; the bounds only at one place."""
-        items = self.items()
-        first = [i for i in items if i.key["example"].endswith(f"@{_place(items[0])}")]
-        records = []
-        for strategies, part in self._shares(items, first):
-            exam = Exam(self.caches, strategies, self.questions, self.budget, self.chat)
-            records += exam.run(
-                part,
-                lm=lm,
-                task=f"lost_in_the_middle {self.kind}",
-                grade=self.grade,
-                journal=journal,
-                observe=observe,
-            )
-        return records
+    @property
+    def task(self) -> str:
+        """The name in records."""
+        return f"lost_in_the_middle {self.kind}"
 
-    def _shares(self, items: list[Item], first: list[Item]):
+    def sittings(self, items: list[Item]) -> Iterable[tuple[Exam, list[Item]]]:
         """Closed book and oracle read the same whatever the place: once each."""
+        first = [i for i in items if i.key["example"].endswith(f"@{_place(items[0])}")]
         for strategy in self.strategies:
-            bound = strategy in BOUNDS
-            yield (strategy,), first if bound else items
+            alone = replace(self.exam(), strategies=(strategy,))
+            yield alone, first if strategy in BOUNDS else items
 
     def summary(self, records: Sequence[Record], *, trained: int) -> Summary:
         """Accuracy by place beside its bounds, as a table, a curve and a CSV file."""

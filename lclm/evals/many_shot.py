@@ -14,19 +14,14 @@ from lclm.errors import unknown
 from lclm.evals import figures, labelled, metrics
 from lclm.evals.base import (
     Example,
-    Journal,
-    LanguageModel,
-    Observe,
     Panel,
     Query,
     Record,
     Summary,
-    Tokenizer,
     require,
-    silent,
     to_csv,
 )
-from lclm.evals.exam import Exam, Item, mean, table, ways
+from lclm.evals.exam import Examination, Item, mean, table, ways
 from lclm.evals.labelled import Labelled, Pair
 
 LABELS = ("numbers", "words")
@@ -86,7 +81,7 @@ def score(query: Query, answer: str) -> float:
 
 
 @dataclass(frozen=True)
-class ManyShot:
+class ManyShot(Examination):
     """Accuracy by the number of shots.
 
     data: a source of labelled texts. limit: texts asked about; `asked` of them share a
@@ -100,12 +95,8 @@ class ManyShot:
     asked: int = 5
     labels: str = "numbers"
     seed: int = 42
-    budget: int = 0
-    chat: bool = False
-    caches: tuple[str, ...] = ("full",)
-    strategies: tuple[str, ...] = ("whole",)
-    questions: str = "hidden"
 
+    task: ClassVar = "many_shot"
     SCOPE: ClassVar = ("data", "asked", "labels", "budget", "chat")
 
     def __post_init__(self):
@@ -117,12 +108,6 @@ class ManyShot:
             require(value >= 1, f"{name} is {value}; at least 1")
         self.exam()
 
-    def exam(self) -> Exam:
-        """How the questions are put."""
-        return Exam(
-            self.caches, self.strategies, self.questions, self.budget, self.chat
-        )
-
     @cached_property
     def _data(self) -> Labelled:
         found = labelled.read(self.data)
@@ -133,7 +118,7 @@ class ManyShot:
         )
         return found
 
-    def items(self) -> list[Item]:
+    def items(self, tokenizer: object = None, starts: int = 0) -> list[Item]:
         """Every context, few shots first; which texts are asked depends on the seed."""
         data = self._data
         tests = list(data.tests)
@@ -153,26 +138,9 @@ class ManyShot:
             for number, asked in enumerate(groups)
         ]
 
-    def examples(self, tokenizer: Tokenizer) -> list[Example]:
-        """Every example; they do not depend on the tokenizer."""
-        return [item.make() for item in self.items()]
-
     def grade(self, query: Query, answer: str) -> float:
         """Exact match of the first line."""
         return score(query, answer)
-
-    def run(
-        self, lm: LanguageModel, *, journal: Journal, observe: Observe = silent
-    ) -> list[Record]:
-        """Ask every question not yet in the journal."""
-        return self.exam().run(
-            self.items(),
-            lm=lm,
-            task="many_shot",
-            grade=self.grade,
-            journal=journal,
-            observe=observe,
-        )
 
     def summary(self, records: Sequence[Record], *, trained: int) -> Summary:
         """Accuracy by shots beside chance, as a table, a curve and a CSV file."""

@@ -16,9 +16,6 @@ from lclm.evals import figures, labelled
 from lclm.evals.asking import MODES, TURNS
 from lclm.evals.base import (
     Example,
-    Journal,
-    LanguageModel,
-    Observe,
     Panel,
     Query,
     Record,
@@ -26,10 +23,9 @@ from lclm.evals.base import (
     Tokenizer,
     require,
     show,
-    silent,
     to_csv,
 )
-from lclm.evals.exam import Exam, Item, mean, table, ways
+from lclm.evals.exam import Examination, Item, mean, table, ways
 from lclm.evals.labelled import Labelled
 from lclm.evals.multi_turn_tasks import TASKS, Sample, make
 from lclm.evals.scbench import COLUMNS, KINDS, files, grade, read_kind
@@ -38,7 +34,7 @@ TITLE = "Shared context"
 
 
 @dataclass(frozen=True)
-class MultiTurn:
+class MultiTurn(Examination):
     """Scores by turn, by kind of task and by length, in each mode.
 
     folder: SCBench's files, `scbench_kv.jsonl` and so on; "" builds contexts of each of
@@ -55,12 +51,8 @@ class MultiTurn:
     data: str = "squad"
     modes: tuple[str, ...] = ("multi_turn", "multi_request")
     seed: int = 42
-    budget: int = 0
-    chat: bool = False
-    caches: tuple[str, ...] = ("full",)
-    strategies: tuple[str, ...] = ("whole",)
-    questions: str = "hidden"
 
+    task: ClassVar = "multi_turn"
     SCOPE: ClassVar = ("folder", "turns", "data", "budget", "chat")
 
     def __post_init__(self):
@@ -88,17 +80,6 @@ class MultiTurn:
                 "SCBench does not say where an answer stands: no strategy 'oracle'",
             )
         self.exam()
-
-    def exam(self) -> Exam:
-        """How the questions are put."""
-        return Exam(
-            self.caches,
-            self.strategies,
-            self.questions,
-            self.budget,
-            self.chat,
-            self.modes,
-        )
 
     @cached_property
     def _labelled(self) -> Labelled:
@@ -131,26 +112,9 @@ class MultiTurn:
             for number in range(self.samples)
         ]
 
-    def examples(self, tokenizer: Tokenizer) -> list[Example]:
-        """Every example, built."""
-        return [item.make() for item in self.items(tokenizer)]
-
     def grade(self, query: Query, answer: str) -> float:
         """The kind's metric, in [0, 1]."""
         return grade(query, answer)
-
-    def run(
-        self, lm: LanguageModel, *, journal: Journal, observe: Observe = silent
-    ) -> list[Record]:
-        """Ask every question not yet in the journal."""
-        return self.exam().run(
-            self.items(lm.tokenizer, len(lm.encode(""))),
-            lm=lm,
-            task="multi_turn",
-            grade=self.grade,
-            journal=journal,
-            observe=observe,
-        )
 
     def summary(self, records: Sequence[Record], *, trained: int) -> Summary:
         """Tables by turn, kind and length, modes against each other, a curve."""

@@ -12,9 +12,6 @@ from lclm.evals import figures, metrics
 from lclm.evals.asking import NOTES
 from lclm.evals.base import (
     Example,
-    Journal,
-    LanguageModel,
-    Observe,
     Panel,
     Query,
     Record,
@@ -22,10 +19,9 @@ from lclm.evals.base import (
     Tokenizer,
     require,
     show,
-    silent,
     to_csv,
 )
-from lclm.evals.exam import Exam, Item, mean, ways
+from lclm.evals.exam import Examination, Item, mean, ways
 from lclm.evals.ruler_tasks import TASKS, Sample, Source
 
 PASS = 85.6  # Llama-2-7B at 4K
@@ -58,7 +54,7 @@ def make(
 
 
 @dataclass(frozen=True)
-class Ruler:
+class Ruler(Examination):
     """Scores of `samples` questions a task and length; lengths include the answer.
 
     The effective length is the longest whose mean over the tasks is above `threshold`
@@ -71,12 +67,8 @@ class Ruler:
     source: str = "kjv"
     threshold: float = PASS
     seed: int = 42
-    budget: int = 0
-    chat: bool = False
-    caches: tuple[str, ...] = ("full",)
-    strategies: tuple[str, ...] = ("whole",)
-    questions: str = "hidden"
 
+    task: ClassVar = "ruler"
     SCOPE: ClassVar = ("source", "budget", "chat")
 
     def __post_init__(self):
@@ -94,12 +86,6 @@ class Ruler:
         )
         check(self.source)
         self.exam()
-
-    def exam(self) -> Exam:
-        """How the questions are put."""
-        return Exam(
-            self.caches, self.strategies, self.questions, self.budget, self.chat
-        )
 
     @cached_property
     def _source(self) -> Source:
@@ -122,27 +108,10 @@ class Ruler:
             for number in range(self.samples)
         ]
 
-    def examples(self, tokenizer: Tokenizer) -> list[Example]:
-        """Every example, built."""
-        return [item.make() for item in self.items(tokenizer)]
-
     def grade(self, query: Query, answer: str) -> float:
         """The share of the wanted strings that occur; for qa, whether any does."""
         score = metrics.contains_all if query.every else metrics.contains_any
         return score(answer, query.answers)
-
-    def run(
-        self, lm: LanguageModel, *, journal: Journal, observe: Observe = silent
-    ) -> list[Record]:
-        """Ask every question not yet in the journal."""
-        return self.exam().run(
-            self.items(lm.tokenizer, len(lm.encode(""))),
-            lm=lm,
-            task="ruler",
-            grade=self.grade,
-            journal=journal,
-            observe=observe,
-        )
 
     def summary(self, records: Sequence[Record], *, trained: int) -> Summary:
         """Means and effective length by way of reading, tasks by length, a curve."""
