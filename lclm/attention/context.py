@@ -105,13 +105,20 @@ class Tokens(NamedTuple):
 
 
 def make_context(
-    ring: int, ulysses: int, *, length: int, windows: list[int | None], strategy: str
+    ring: int,
+    ulysses: int,
+    *,
+    length: int,
+    windows: list[int | None],
+    strategy: str,
+    states: bool = False,
 ) -> Context:
-    """The layout of rows of `length` tokens; `windows` are those of the layers.
+    """The layout of rows of `length` tokens; `windows` are those of attention layers.
 
     Rows stay in order where every layer has a window that reaches no further than the
-    ring part before (None: it sees more), and are laid in a zigzag otherwise. Raises
-    LclmError where the length does not split.
+    ring part before (None: it sees more) or where some layers hand on `states`; they
+    are laid in a zigzag otherwise. Raises LclmError where the length does not split,
+    or rows in order do not suit the strategy.
     """
     near = all(w is not None and (w - 1) * ring <= length for w in windows)
     if strategy == "halo" and not near:
@@ -120,7 +127,15 @@ def make_context(
             f"layer needs a window of at most {length // ring + 1} tokens; take "
             "'auto', or fewer devices in context_ring"
         )
-    contiguous = ring == 1 or (near and strategy in ("auto", "halo"))
+    if states and strategy == "ring":
+        raise LclmError(
+            "context strategy 'ring' with layers that hand on a state: their rows stay "
+            "in order, and the ring wants a zigzag; take 'auto' or 'gather'"
+        )
+    if states and not near:
+        strategy = "gather"
+    in_order = states or (near and strategy in ("auto", "halo"))
+    contiguous = ring == 1 or in_order
     made = Context(ring, ulysses, "contiguous" if contiguous else "zigzag", strategy)
     parts = math.lcm(made.pieces, made.devices)
     if made.order == "zigzag":
@@ -139,7 +154,8 @@ def choose(context: Context, pattern: Pattern, numbers: int) -> str:
     | mask                                   | strategy                          |
     |----------------------------------------|-----------------------------------|
     | laid on documents' own positions       | gather                            |
-    | rows in order (every layer windowed)   | halo                              |
+    | rows in order, every layer windowed    | halo                              |
+    | rows in order, some layer sees more    | gather                            |
     | numbers <= 2^28, ring <= 8, or asked   | gather                            |
     | others                                 | ring                              |
 
@@ -148,7 +164,7 @@ def choose(context: Context, pattern: Pattern, numbers: int) -> str:
     """
     if pattern.own:
         return "gather"
-    if context.order == "contiguous":
+    if context.order == "contiguous" and context.strategy != "gather":
         return "halo"
     if context.strategy != "auto":
         return context.strategy

@@ -4,6 +4,7 @@ Source: arXiv 2312.00752, figure 3 and algorithm 2; with `inner_norms` the form 
 Jamba (arXiv 2403.19887).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +20,10 @@ from lclm.cache.step import Step
 from lclm.config import NormSpec
 from lclm.errors import LclmError
 from lclm.ops.conv import causal_conv
+from lclm.ops.handover import scan_in_parts, tail_before
 from lclm.ops.linear import linear
 from lclm.ops.precision import wide_dtype
-from lclm.ops.scan import selective_scan
+from lclm.ops.scan import selective_scan, surviving
 from lclm.specs import MambaSpec
 from lclm.typing import Array, Float
 
@@ -76,6 +78,8 @@ class Conv(nn.Module):
         init = uniform(self.taps**-0.5)
         weight = self.param("weight", init, (x.shape[-1], 1, self.taps))
         bias = self.param("bias", init, (x.shape[-1],)) if self.bias else None
+        if state is None:
+            state = tail_before(x, self.taps - 1, step.context)
         return causal_conv(x, weight, bias=bias, positions=step.positions, state=state)
 
 
@@ -128,14 +132,13 @@ class Mamba(nn.Module):
         raw, b, c = self._select(u)
         a_log = self.param("a_log", first_decays, (spec.inner, spec.state))
         skip = self.param("d", nn.initializers.ones, (spec.inner,))
-        y, h = selective_scan(
-            u,
-            raw,
-            a=-jnp.exp(a_log.astype(wide_dtype(u)).T),
-            b=b,
-            c=c,
-            positions=step.positions,
-            state=state["scan"] if state else None,
+        a = -jnp.exp(a_log.astype(wide_dtype(u)).T)
+        told = dict(a=a, b=b, c=c, positions=step.positions)
+        y, h = scan_in_parts(
+            functools.partial(selective_scan, u, raw, **told),
+            state["scan"] if state else None,
+            lambda: surviving(raw, a, step.positions),
+            step.context,
         )
         y = (y + skip.astype(y.dtype) * u) * jax.nn.silu(gate.astype(y.dtype))
         out = project(self, "out", y.astype(x.dtype), self.width, bias=spec.proj_bias)

@@ -1,5 +1,6 @@
 """Mamba-2 (arXiv 2405.21060): one function for training, prefill and decoding."""
 
+import functools
 import math
 from typing import Any
 
@@ -12,8 +13,9 @@ from lclm.cache.base import CachePolicy
 from lclm.cache.step import Step
 from lclm.config import NormSpec
 from lclm.ops.conv import causal_conv
+from lclm.ops.handover import scan_in_parts, tail_before
 from lclm.ops.precision import wide_dtype
-from lclm.ops.ssd import gated_norm, ssd
+from lclm.ops.ssd import gated_norm, ssd, surviving
 from lclm.specs import Mamba2Spec
 from lclm.typing import Array, Float
 
@@ -65,15 +67,13 @@ class Mamba2(nn.Module):
         x = x.reshape(*shape, spec.heads, spec.head_dim)
         b, c = (v.reshape(*shape, spec.groups, spec.state) for v in (b, c))
         delta = jax.nn.softplus(delta.astype(wide) + shift)
-        y, after = ssd(
-            x,
-            jnp.clip(delta, *spec.step_limit),
-            -jnp.exp(a_log),
-            b,
-            c,
-            positions=step.positions,
-            state=None if state is None else state["ssm"],
-            chunk=spec.chunk,
+        delta, a = jnp.clip(delta, *spec.step_limit), -jnp.exp(a_log)
+        told = dict(positions=step.positions, chunk=spec.chunk)
+        y, after = scan_in_parts(
+            functools.partial(ssd, x, delta, a, b, c, **told),
+            None if state is None else state["ssm"],
+            lambda: surviving(delta, a, step.positions),
+            step.context,
         )
         return (y + skip[:, None] * x).reshape(*shape, inner), after
 
@@ -102,7 +102,10 @@ class Conv(nn.Module):
         bias = None
         if spec.conv_bias:
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        past = None if state is None else state["conv"]
+        if state is None:
+            past = tail_before(x, spec.conv - 1, step.context)
+        else:
+            past = state["conv"]
         return causal_conv(x, weight, bias=bias, positions=step.positions, state=past)
 
 

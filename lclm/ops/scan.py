@@ -15,6 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lclm.errors import LclmError
+from lclm.ops.handover import unbroken
 from lclm.ops.precision import wide_dtype
 from lclm.typing import Array, Float, Int
 from pallas_kernels.selective_scan import kernel
@@ -66,6 +67,15 @@ def selective_scan(
     x, raw, *rest = parts
     keep = (positions != 0).astype(dtype)
     return run(x, _sizes(raw, positions), *rest, keep)
+
+
+def surviving(
+    raw: Float[Array, "B T C"], a: Float[Array, "N C"], positions: Int[Array, "B T"]
+) -> Float[Array, "B N C"]:
+    """The share of a state before these tokens that is left behind them."""
+    total = jnp.sum(_sizes(raw.astype(wide_dtype(raw)), positions), 1)
+    left = jnp.exp(total[:, None] * a)
+    return jnp.where(unbroken(positions)[:, None, None], left, 0)
 
 
 def _sizes(raw: Array, positions: Array) -> Array:

@@ -13,6 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lclm.errors import LclmError
+from lclm.ops.handover import unbroken
 from lclm.ops.precision import wide_dtype
 from lclm.typing import Array, Float, Int
 
@@ -86,6 +87,15 @@ def ssd(
     y, state = _scan(chunks, a.reshape(split), state)
     y = jnp.moveaxis(y, 2, 0).reshape(rows, -1, heads, size)[:, :time]
     return y, jnp.moveaxis(state, 2, -1).reshape(rows, heads, size, width)
+
+
+def surviving(
+    delta: Float[Array, "B T N"], a: Float[Array, " N"], positions: Int[Array, "B T"]
+) -> Float[Array, "B N 1 1"]:
+    """The share of a state before these tokens that is left behind them."""
+    total = jnp.sum(jnp.where((positions >= 0)[..., None], delta, 0), 1)
+    left = jnp.where(unbroken(positions)[:, None], jnp.exp(total * a), 0)
+    return left[..., None, None]
 
 
 def check(x: Array, b: Array, state: Array | None, chunk: int) -> None:

@@ -17,10 +17,11 @@ from lclm.config import AttentionSpec, ModelConfig
 from lclm.errors import LclmError
 from lclm.ops.int8 import Int8Weight
 from lclm.ops.packed import PackedWeight
-from lclm.specs import MlpSpec, MoeSpec
+from lclm.specs import Mamba2Spec, MambaSpec, MlpSpec, MoeSpec
 from lclm.train.config import TrainConfig
 from lclm.typing import Batch, Params
 
+HANDED_ON = (MambaSpec, Mamba2Spec)  # mixers whose state goes from device to device
 BATCH = dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32)
 BATCH |= {"weights": jnp.float32}
 
@@ -147,11 +148,16 @@ def make_layout(
     ring, ulysses = (sizes[name] for name in sharding.SEQUENCE)
     if ring * ulysses == 1:
         return Layout(mesh, ALONE)
-    _check_context(config, sizes)
+    _check_context(config, sizes, run.length)
     mixers = [layer.mixer for layer in config.layers]
-    windows = [None if m.static else m.window for m in mixers]
+    seen = [m for m in mixers if isinstance(m, AttentionSpec)]
     context = make_context(
-        ring, ulysses, length=run.length, windows=windows, strategy=strategy
+        ring,
+        ulysses,
+        length=run.length,
+        windows=[None if m.static else m.window for m in seen],
+        strategy=strategy,
+        states=len(seen) < len(mixers),
     )
     return Layout(mesh, context)
 
@@ -204,14 +210,24 @@ def _check_layers(config: ModelConfig, sizes: dict[str, int]) -> None:
         )
 
 
-def _check_context(config: ModelConfig, sizes: dict[str, int]) -> None:
+def _check_context(config: ModelConfig, sizes: dict[str, int], length: int) -> None:
     ring, ulysses = (sizes[name] for name in sharding.SEQUENCE)
     for i, layer in enumerate(config.layers):
-        if not isinstance(layer.mixer, AttentionSpec):
+        mixer, part = layer.mixer, length // (ring * ulysses)
+        if isinstance(mixer, HANDED_ON):
+            if part < mixer.conv - 1:
+                raise LclmError(
+                    f"rows of {length} tokens over context_ring={ring} and "
+                    f"context_ulysses={ulysses}: the convolution of layer {i} reads "
+                    f"{mixer.conv - 1} tokens back, over more than one device; take "
+                    "longer rows or fewer devices"
+                )
+            continue
+        if not isinstance(mixer, AttentionSpec):
             raise LclmError(
                 f"context_ring={ring}, context_ulysses={ulysses}: layer {i} is "
-                f"{layer.mixer.TYPE!r}, whose state runs along the row, so rows cannot "
-                "be shared: set both to 1 and use data, fsdp or tensor"
+                f"{mixer.TYPE!r}, whose state runs along the row and is not handed on, "
+                "so rows cannot be shared: set both to 1 and use data, fsdp or tensor"
             )
         heads = layer.mixer.heads // sizes["tensor"]
         if heads % ulysses:

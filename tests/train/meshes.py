@@ -9,7 +9,7 @@ import numpy as np
 from lclm.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfig, Run
 from lclm.data.batch import make_batch
 from lclm.models.decoder import init_params
-from lclm.specs import MambaSpec, MoeSpec
+from lclm.specs import InfiniSpec, Mamba2Spec, MambaSpec, MoeSpec
 from lclm.train.config import TrainConfig, train_config
 from lclm.train.loop import Trainer
 from tests.tiny import ROPE, VOCAB, lively, tokens
@@ -44,6 +44,12 @@ MODELS = {
     ),
     "mamba": lambda: model(
         LayerSpec(MambaSpec(64, 4), MlpSpec(48)), attention(), repeats=1
+    ),
+    "mamba2": lambda: model(
+        LayerSpec(Mamba2Spec(4, 16, 8, chunk=16), MlpSpec(48)), attention(window=4)
+    ),
+    "infini": lambda: model(
+        LayerSpec(InfiniSpec(AttentionSpec(4, 2, 8, ROPE), segment=8), MlpSpec(48))
     ),
 }
 RUN = dict(

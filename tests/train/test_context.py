@@ -14,6 +14,15 @@ same("s2rows", dict(data=2, context_ulysses=4))
 same("wide", dict(context_ring=4, data=2, context="ring"), remat=dict(kind="attention"))
 same("window", dict(data=2, context_ring=4))
 same("mqa", dict(context_ring=2, context_ulysses=4, context="ring"), packed=False)
+same("mamba", dict(data=2, context_ring=2, context_ulysses=2))
+"""
+# States go from device to device: rows in order, gathered keys or a halo beside them.
+STATES = """
+for name in ("mamba", "mamba2"):
+    for packed in (True, False):
+        same(name, dict(data=2, context_ring=4), packed=packed)
+        same(name, dict(context_ring=2, context_ulysses=4), packed=packed)
+    same(name, dict(fsdp=2, tensor=2, context_ring=2), accumulate=2)
 """
 # "auto" gathers, and takes the halo where all layers have windows that fit.
 PRODUCT = """
@@ -122,12 +131,17 @@ print("exchanges counted")
 
 
 def test_loss_and_gradients_of_shared_rows_are_those_of_one_device(on_devices):
-    assert on_devices(HEAD + FAST).count("same:") == 4
+    assert on_devices(HEAD + FAST).count("same:") == 5
 
 
 @pytest.mark.slow
 def test_every_strategy_agrees_for_every_mask(on_devices):
     assert on_devices(HEAD + PRODUCT, timeout=3000).count("same:") == 99
+
+
+@pytest.mark.slow
+def test_recurrent_layers_hand_their_states_from_device_to_device(on_devices):
+    assert on_devices(HEAD + STATES, timeout=900).count("same:") == 10
 
 
 @pytest.mark.slow
