@@ -256,7 +256,8 @@ def share(
     worker = Worker("lclm", OUR_PEER, {"gguf": str(model), "threads": args.threads})
     found = [worker.ready]
     if "error" not in worker.ready:
-        same = {"cache": cache, "chunk": args.chunk}
+        # Room for the long text: pyramidkv's layers then have one size for both.
+        same = {"cache": cache, "chunk": args.chunk, "room": args.length}
         found = [worker.ask(same | ask) for ask in asks]
     worker.close()
     errors = [a["error"] for a in found if "error" in a]
