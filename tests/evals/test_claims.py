@@ -229,10 +229,11 @@ TRAINED = """
 def get_config(source={source!r}):
     train = {train!r}
     seeds = [dict(name=f"tiny {{s}}", train=f"{{train}}:steps=3") for s in range(2)]
+    sides = [dict(cache="full"), dict(cache="window:window=9")]
     stage = dict(eval="perplexity", title="Reading", source=source, length=100,
-                 bucket=50, readings=[dict(cache="full"), dict(cache="window:window=9")])
+                 bucket=50, readings=sides)
     claim = dict(says="More sees more.", paper="none", measure="nll", stage="Reading",
-                 seed="model", low=dict(cache="full"), high=dict(cache="window:window=9"))
+                 seed="model", low=sides[0], high=sides[1])
     return dict(name="n", models=seeds, stages=[stage], claims=[claim])
 """
 
