@@ -11,7 +11,7 @@ Expected: the paper's curves are a U: with 20 documents GPT-3.5-Turbo answers 75
 import ml_collections
 
 
-def get_config(model="smollm2-135m", keys=12, documents=8, limit=24):
+def get_config(model="smollm2-135m", keys=12, documents=8, limit=12):
     """`keys`: pairs of a JSON object; `documents`: of a question; `limit` questions."""
     config = ml_collections.ConfigDict()
     config.name = "lost_in_the_middle"
@@ -24,14 +24,14 @@ def get_config(model="smollm2-135m", keys=12, documents=8, limit=24):
     config.size = "smoke"
     config.model, config.quantize = model, "int8"
 
-    def stage(kind, title, total):
-        places = [0, total // 4, total // 2, 3 * total // 4, total - 1]
+    def stage(kind, title, total, steps):
+        places = [round(i * (total - 1) / steps) for i in range(steps + 1)]
         return dict(eval="lost_in_the_middle", kind=kind, title=title, total=total,
                     places=places, limit=limit)  # fmt: skip
 
     config.stages = [
-        stage("kv", "Keys and values", keys),
-        stage("qa", "Documents", documents),
+        stage("kv", "Keys and values", keys, 4),
+        stage("qa", "Documents", documents, 2),
     ]
 
     def claim(says, paper, title, low, high):
@@ -50,7 +50,7 @@ def get_config(model="smollm2-135m", keys=12, documents=8, limit=24):
         ends = (("beginning", 0, paper[0]), ("end", total - 1, paper[1]))
         config.claims += [
             claim(f"{title}: an answer at the {word} is found more often than one in "
-                  "the middle.", told, title, at(total // 2), at(place))
+                  "the middle.", told, title, at(round((total - 1) / 2)), at(place))
             for word, place, told in ends
         ]  # fmt: skip
     config.claims += [

@@ -20,7 +20,7 @@ KINDS = {
 }
 
 
-def get_config(model="smollm2-135m", length=10240, trained=8192):
+def get_config(model="smollm2-135m", length=9216, trained=8192):
     """`length`: tokens read of each text, beyond `trained`."""
     config = ml_collections.ConfigDict()
     config.name = "rope"
@@ -42,12 +42,12 @@ def get_config(model="smollm2-135m", length=10240, trained=8192):
             title=novel.capitalize(),
             source=f"austen:novel={novel}",
             length=length,
-            splits=[2048, trained, trained + 1024],
+            splits=[2048, trained, trained + 512],
             readings=[dict(cache="full")],
         )
         for novel in NOVELS
     ]
-    past, inside = [trained + 1024, length], [1024, trained]
+    past, inside = [trained + 512, length], [1024, trained]
 
     def claim(says, paper, low, high, span, **more):
         sides = dict(low=dict(model=low), high=dict(model=high))
