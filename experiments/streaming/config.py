@@ -18,7 +18,7 @@ PAPER = "arXiv 2309.17453, "
 
 def get_config(model="smollm2-135m", keep=512, length=9728, short=2048, timed=16):
     """`keep`: tokens of every bounded cache, sinks included. `length`: tokens read with
-    full attention and with 4 sinks; everything else reads `short`. `timed`: tokens after
+    full attention and with 4 sinks; the others read `short`. `timed`: tokens after
     a full window whose time is taken.
     """
     config = ml_collections.ConfigDict()
