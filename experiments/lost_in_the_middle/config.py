@@ -2,7 +2,7 @@
 
     lclm run --config=experiments/lost_in_the_middle/config.py
 
-About 8 minutes on 2 CPU cores.
+Meant for under 15 minutes on 2 CPU cores; not run yet.
 Expected: the paper's curves are a U: with 20 documents GPT-3.5-Turbo answers 75.8,
 57.2, 53.8, 55.4 and 63.2 of 100 at places 1, 5, 10, 15 and 20 (closed book 56.1, oracle
 88.3); MPT-30B-Instruct 53.7, 51.8, 52.2, 52.7 and 56.2 (31.7, 81.7).

@@ -2,7 +2,7 @@
 
     lclm run --config=experiments/rope/config.py
 
-About 14 minutes on 2 CPU cores.
+Meant for under 15 minutes on 2 CPU cores; not run yet.
 Expected: past the trained length the plain model's loss rises; PI (arXiv 2306.15595)
 costs loss everywhere until it is trained; NTK scaling costs less, dynamic NTK nothing
 inside the trained length, and YaRN (arXiv 2309.00071) is the best past it.
