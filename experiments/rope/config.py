@@ -70,6 +70,7 @@ def get_config(model="smollm2-135m", length=9216, trained=8192):
               "arXiv 2306.15595: fine-tuning wins it back", "plain", "PI",
               inside),
         claim("Past the trained length PI without training is better than the plain "
-              "model.", "arXiv 2306.15595, abstract: extrapolation ruins attention", "PI", "plain", past),
+              "model.", "arXiv 2306.15595, abstract: extrapolation ruins attention",
+              "PI", "plain", past),
     ]  # fmt: skip
     return config
