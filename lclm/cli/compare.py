@@ -14,7 +14,7 @@ from lclm.cli import options
 from lclm.cli.finished import JOURNAL, RUN, Measured, Run, read_run
 from lclm.cli.job import CHOICE_KEYS, Stage
 from lclm.cli.page import Page, Section
-from lclm.cli.run import label, machine, title_of, to_rich
+from lclm.cli.run import label, machine, to_rich
 from lclm.data.fetch import write_atomic
 from lclm.errors import LclmError
 from lclm.evals import cost, pairs
@@ -255,7 +255,7 @@ def costs_of(runs: Mapping[str, Run]) -> Section:
     """What the common tasks took in each run."""
     common = in_common(runs)
     found = [
-        e for task in common for e in cost.costs(title_of(task.first), task.records())
+        e for task in common for e in cost.costs(task.first.stage.name, task.records())
     ]
     note = cost.NOTE
     if len({tuple(r.facts.get(f) for f in MACHINE) for r in runs.values()}) > 1:
@@ -267,7 +267,7 @@ def _left_out(runs: Mapping[str, Run], common: Sequence[Task]) -> str:
     """A sentence on what only one run measured."""
     shown = {id(m) for t in common for its in t.measured.values() for m in its}
     alone = [
-        f"{title_of(m)} ({name})"
+        f"{m.stage.name} ({name})"
         for name, run in runs.items()
         for m in run.stages
         if id(m) not in shown

@@ -19,18 +19,19 @@ from rich.progress import (
 )
 from rich.table import Table as RichTable
 
-from lclm.cli import options
+from lclm.cli import options, trained
 from lclm.cli.finished import Measured, run_of
 from lclm.cli.job import Choice, Job, Stage, read_job, scope
 from lclm.cli.page import PROSE, Page, Section
 from lclm.cli.training_stage import TrainingStage, run_training
 from lclm.data.fetch import write_atomic
 from lclm.errors import LclmError
-from lclm.evals import cost
+from lclm.evals import claims, cost
 from lclm.evals.base import Journal, Panel, Record
 
 Load = Callable[..., Any]
 SEEN = "query-aware"
+SMOKE = "CPU-sized run: smoke."
 
 
 def main(argv: Sequence[str]) -> None:
@@ -87,25 +88,29 @@ def run_job(
     console = console or Console()
     held = Held(load or options.load_model, console)
     console.print(f"[bold]{job.title or job.name}[/bold]")
-    if any(isinstance(s, Stage) for s in job.stages):
-        held(next(iter(job.models.values())))
-    sections: list[Section] = []
+    untrained = [c for c in job.models.values() if not c.train]
+    if untrained and any(isinstance(s, Stage) for s in job.stages):
+        held(untrained[0])
     done: list[Measured] = []
+    decided: list[Section] = []
     try:
+        models, sections = trained.train_all(job.models, folder / "models", console)
+        for section in sections:
+            section.write(folder)
         for stage in job.stages:
             if isinstance(stage, TrainingStage):
                 section = run_training(stage, folder / "train", console)
             else:
-                done.append(_run_stage(stage, job.models, held, folder, console))
+                done.append(_run_stage(stage, models, held, folder, console))
                 taken = {name for s in sections for name in (*s.figures, *s.csv)}
                 section = show_stage(done[-1], taken)
             for panel in section.panels:
                 console.print(to_rich(panel))
             sections.append(section)
-            costs = _cost(done)
-            for part in (section, *costs):
+            decided, costs = _decided(job, done), _cost(done)
+            for part in (*decided, section, *costs):
                 part.write(folder)
-            _write_report(job, [*sections, *costs], folder, command)
+            _write_report(job, [*decided, *sections, *costs], folder, command)
             run_of(job, command, machine(), done).write(folder)
     except KeyboardInterrupt:
         console.print(
@@ -113,6 +118,8 @@ def run_job(
             f"{folder / 'metrics.jsonl'}; the same command goes on from there"
         )
         raise
+    for section in decided:
+        console.print(to_rich(section.panels[0]))
     console.print(f"report: [bold]{folder / 'report.html'}[/bold]")
 
 
@@ -176,14 +183,19 @@ def _cost(done: Sequence[Measured]) -> list[Section]:
     found = [
         entry
         for measured in done
-        for entry in cost.costs(title_of(measured), measured.named())
+        for entry in cost.costs(measured.stage.name, measured.named())
     ]
     return [Section.of(cost.summary(found))] if found else []
 
 
-def title_of(measured: Measured) -> str:
-    """What a table calls a stage."""
-    return measured.stage.title or measured.stage.kind
+def _decided(job: Job, done: Sequence[Measured]) -> list[Section]:
+    """The claims whose stages are all done, where there are such."""
+    records = [{**r, "stage": m.stage.name} for m in done for r in m.named()]
+    names = [s.name for s in job.stages if isinstance(s, Stage)]
+    ready = set(names[: len(done)]) - set(names[len(done) :])
+    found = [claims.decide(c, records) for c in job.claims if ready >= set(c.stage)]
+    note = SMOKE if job.size == "smoke" else ""
+    return [Section.of(claims.summary(found, note=note))] if found else []
 
 
 def _measure(

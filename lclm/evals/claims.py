@@ -1,0 +1,270 @@
+"""A paper's claims, decided: two sides, their values by seed, and one strict rule.
+
+A side's mean over seeds has a 95% t-interval. "reproduced": both sides have at least
+`SEEDS` seeds and the low side's interval ends below the beginning of the high side's;
+"did not reproduce": the other way about; "undecided" otherwise.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.special import stdtrit
+
+from lclm.errors import did_you_mean
+from lclm.evals.base import Panel, Record, Summary, require, show, to_csv
+
+SEEDS = 3
+REPRODUCED, FAILED, UNDECIDED = "reproduced", "did not reproduce", "undecided"
+RULE = (
+    "Means over seeds with 95% t-intervals. Reproduced: at least 3 seeds a side, and "
+    "the low side's interval ends below the high side's; did not reproduce: the other "
+    "way about; else undecided. High - low: differences of the same seeds, which are "
+    "no part of the rule."
+)
+COLUMNS = ("verdict", "claim", "the paper", "measure", "low", "high", "high - low")
+HEADER = ("claim", "paper", "measure", "side", "picks", "seed", "value")
+HEADER += ("mean", "interval_low", "interval_high", "verdict")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence of a paper and the records that decide it: low is below high.
+
+    says: the claim. paper: where it stands, and the figure there. measure: "nll" (mean
+    loss of a record's tokens in nats, of positions `span` alone where given) or any
+    number that records have, such as "score" and "tokens_per_second". low, high: the
+    fields by which records are of a side; a list of values takes any of them. stage:
+    titles of the stages whose records decide. seed: the field that tells one seed from
+    another. margin: how far the low side may be above the high one.
+    """
+
+    says: str
+    paper: str
+    measure: str
+    low: dict
+    high: dict
+    stage: tuple[str, ...]
+    seed: str = "seed"
+    span: tuple[int, ...] = ()
+    margin: float = 0.0
+
+    def __post_init__(self):
+        for name in ("says", "paper", "measure", "seed"):
+            require(bool(getattr(self, name)), f"{name} is empty: a claim needs it")
+        require(bool(self.stage), "stage is empty: name the stage whose records decide")
+        for name in ("low", "high"):
+            require(
+                bool(getattr(self, name)),
+                f"{name} is empty: give the fields of a record that pick this side, "
+                "as in dict(cache='full')",
+            )
+        require(self.low != self.high, f"low and high are the same side, {self.low}")
+        good = not self.span or (
+            len(self.span) == 2 and 0 <= self.span[0] < self.span[1]
+        )
+        require(good, f"span is {self.span}; give [from, to], positions in tokens")
+        require(
+            not self.span or self.measure == "nll",
+            f"span={self.span} with measure={self.measure!r}: only 'nll' has positions",
+        )
+        require(self.margin >= 0, f"margin is {self.margin}; it must be at least 0")
+
+    @property
+    def measured(self) -> str:
+        """What a table calls the measure."""
+        words = self.measure + (" at {}-{}".format(*self.span) if self.span else "")
+        return words + (f", margin {self.margin:g}" if self.margin else "")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean of one value a seed, and its 95% t-interval (unbounded below 2 seeds)."""
+
+    values: Mapping[Any, float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over seeds."""
+        return math.fsum(self.values.values()) / len(self.values)
+
+    @property
+    def half(self) -> float:
+        """Half the width of the interval: t(n - 1) s / sqrt(n)."""
+        n, mean = len(self.values), self.mean
+        if n < 2:
+            return math.inf
+        squares = math.fsum((v - mean) ** 2 for v in self.values.values())
+        return float(stdtrit(n - 1, 0.975)) * math.sqrt(squares / (n - 1) / n)
+
+    def show(self) -> str:
+        """`3.21 ± 0.12 (3 seeds)`."""
+        n, half = len(self.values), self.half
+        seeds = f"({n} seed{'s' * (n != 1)})"
+        if not math.isfinite(half):
+            return f"{self.mean:.4g} {seeds}"
+        digits = min(max(2 - math.floor(math.log10(half or abs(self.mean) or 1)), 0), 6)
+        return f"{self.mean:.{digits}f} ± {half:.{digits}f} {seeds}"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A claim with what was measured of its sides."""
+
+    claim: Claim
+    low: Estimate
+    high: Estimate
+
+    @property
+    def verdict(self) -> str:
+        """The rule of this file, with the claim's margin on the high side."""
+        low, high = self.low, self.high
+        if min(len(low.values), len(high.values)) < SEEDS:
+            return UNDECIDED
+        gap = high.mean + self.claim.margin - low.mean
+        if abs(gap) <= low.half + high.half:
+            return UNDECIDED
+        return REPRODUCED if gap > 0 else FAILED
+
+    @property
+    def difference(self) -> Estimate | None:
+        """High minus low over the seeds that both have; None where there is none."""
+        both = {s: v - self.low.values[s] for s, v in self.high.values.items()
+                if s in self.low.values}  # fmt: skip
+        return Estimate(both) if both else None
+
+    def row(self) -> tuple[str, ...]:
+        """The table's cells."""
+        claim, difference = self.claim, self.difference
+        return (
+            self.verdict,
+            claim.says,
+            claim.paper,
+            claim.measured,
+            f"{told(claim.low)}: {self.low.show()}",
+            f"{told(claim.high)}: {self.high.show()}",
+            difference.show() if difference else "-",
+        )
+
+    def lines(self) -> list[tuple]:
+        """A line of the CSV file for each seed of each side."""
+        claim = self.claim
+        sides = (("low", claim.low, self.low), ("high", claim.high, self.high))
+        return [
+            (claim.says, claim.paper, claim.measured, side, told(picks), seed,
+             show(value, ".6g"), *_numbers(estimate), self.verdict)
+            for side, picks, estimate in sides
+            for seed, value in estimate.values.items()
+        ]  # fmt: skip
+
+
+def _numbers(estimate: Estimate) -> tuple[str, str, str]:
+    mean, half = estimate.mean, estimate.half
+    if not math.isfinite(half):
+        return show(mean, ".6g"), "", ""
+    return tuple(show(v, ".6g") for v in (mean, mean - half, mean + half))
+
+
+def told(picks: Mapping[str, Any]) -> str:
+    """The fields of a side in words."""
+    return ", ".join(
+        f"{name}={' | '.join(map(str, _wanted(value)))}"
+        for name, value in picks.items()
+    )
+
+
+def decide(claim: Claim, records: Sequence[Record]) -> Decision:
+    """The claim's two sides, measured.
+
+    `records` carry "stage", the title of theirs; a perplexity's title is its "label".
+
+    Raises:
+      LclmError: a side picks no record, or its records lack the measure or the seed.
+    """
+    known = [labelled(r) for r in records if r["stage"] in claim.stage]
+    return Decision(claim, _side(claim, "low", known), _side(claim, "high", known))
+
+
+def labelled(record: Record) -> Record:
+    """The record with its reading's title under the name that configs give it."""
+    return {"label": record["title"], **record} if "title" in record else record
+
+
+def _side(claim: Claim, side: str, records: Sequence[Record]) -> Estimate:
+    picks = getattr(claim, side)
+    where = f"claim {claim.says!r}, {side} side {told(picks)}"
+    mine = [r for r in records if _is_of(r, picks)]
+    require(bool(mine), f"{where}: no record of stage {' | '.join(claim.stage)} is "
+            f"picked; {_why_none(picks, records)}")  # fmt: skip
+    _check_field(where, "seed", claim.seed, mine)
+    _check_field(where, "measure", claim.measure, mine)
+    found: dict[Any, list[tuple[float, float]]] = {}
+    for record in mine:
+        for value, weight in _measured(claim, record):
+            require(
+                isinstance(value, int | float),
+                f"{where}: {claim.measure} is {value!r}; a measure is a number",
+            )
+            found.setdefault(record[claim.seed], []).append((float(value), weight))
+    require(
+        bool(found),
+        f"{where}: none of its {len(mine)} records was measured"
+        + (f" at positions {claim.span[0]} to {claim.span[1]}" if claim.span else ""),
+    )
+    return Estimate({
+        seed: math.fsum(v * w for v, w in parts) / math.fsum(w for _, w in parts)
+        for seed, parts in found.items()
+    })  # fmt: skip
+
+
+def _measured(claim: Claim, record: Record) -> Iterable[tuple[Any, float | int]]:
+    """Values and their weights; none where a record was skipped."""
+    if claim.span:
+        low, high = claim.span
+        return [(nll, count) for start, end, nll, count, *_ in record["curve"]
+                if low <= start and end <= high]  # fmt: skip
+    value = record[claim.measure]
+    weight = record["tokens"] if claim.measure == "nll" else 1
+    return [] if value is None else [(value, weight)]
+
+
+def _is_of(record: Record, picks: Mapping[str, Any]) -> bool:
+    return all(
+        name in record and record[name] in _wanted(v) for name, v in picks.items()
+    )
+
+
+def _wanted(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _check_field(where: str, what: str, name: str, records: Sequence[Record]) -> None:
+    fields = sorted({n for r in records for n in r})
+    require(
+        all(name in r for r in records),
+        f"{where}: its records have no field {name!r}, its {what}; they have "
+        f"{', '.join(fields)}{did_you_mean(name, fields)}",
+    )
+
+
+def _why_none(picks: Mapping[str, Any], records: Sequence[Record]) -> str:
+    """Which field no record has, or which values the picked fields have there."""
+    fields = sorted({name for r in records for name in r})
+    for name in picks:
+        if name not in fields:
+            return (f"its records have no field {name!r}; they have "
+                    f"{', '.join(fields)}{did_you_mean(name, fields)}")  # fmt: skip
+    known = (
+        f"{name} is " + ", ".join(dict.fromkeys(repr(r.get(name)) for r in records))
+        for name in picks
+    )
+    return "there " + "; ".join(known)
+
+
+def summary(decisions: Sequence[Decision], *, note: str = "") -> Summary:
+    """The claims as a table and a CSV file with every seed."""
+    rows = tuple(d.row() for d in decisions)
+    panel = Panel("Claims", COLUMNS, rows, " ".join(filter(None, (note, RULE))))
+    lines = [line for d in decisions for line in d.lines()]
+    return Summary((panel,), {}, {"claims.csv": to_csv(HEADER, lines)})
