@@ -8,7 +8,7 @@ weight and token, 12 a visible pair and head width; scans and convolutions uncou
 
 import ml_collections
 
-# MFLOP a byte in rows of 256, and so the steps of each that cost what 200 of llama do.
+# MFLOP a byte in rows of 256, and so the steps of each that cost what 120 of llama do.
 MFLOP = dict(llama=1.674, mamba=1.648, jamba=1.740, megalodon=1.531)
 PRESETS = dict(
     llama="mini-bytes",
@@ -18,7 +18,7 @@ PRESETS = dict(
 )
 
 
-def get_config(model="llama", seed=0, steps=200, length=256, batch=8, lr=4e-3):
+def get_config(model="llama", seed=0, steps=120, length=256, batch=8, lr=4e-3):
     """`model`: llama, mamba, jamba or megalodon; `steps`: of llama."""
     config = ml_collections.ConfigDict()
     config.name = f"{model}-{seed}"

@@ -9,7 +9,7 @@ denominator; learned, a logit a head there; none.
 import ml_collections
 
 
-def get_config(sink="none", seed=0, steps=200, length=256, batch=8, lr=4e-3):
+def get_config(sink="none", seed=0, steps=120, length=256, batch=8, lr=4e-3):
     """Rows of `length` bytes cut anywhere from novels."""
     config = ml_collections.ConfigDict()
     config.name = f"{sink}-{seed}"

@@ -34,9 +34,7 @@ def _bytes(
     context: int = CONTEXT,
     norm: NormSpec | TimestepNormSpec = RMS,
 ) -> ModelConfig:
-    return ModelConfig(
-        family, VOCAB, width, stack, context, norm, bos=BOS, eos=(EOS,)
-    )
+    return ModelConfig(family, VOCAB, width, stack, context, norm, bos=BOS, eos=(EOS,))
 
 
 def _mini(
