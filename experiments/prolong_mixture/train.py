@@ -1,4 +1,4 @@
-"""A small model over bytes: short texts first, then a mixture in rows four times longer.
+"""A small model over bytes: short texts, then a mixture in rows four times longer.
 
     lclm train --config=experiments/prolong_mixture/train.py:seed=1
     lclm train --config=experiments/prolong_mixture/train.py:mix=both,start=FOLDER/model
