@@ -23,7 +23,7 @@ CHANGES = dict(
 def get_config(
     how="all", pattern="", start="", seed=0, steps=40, batch=2, length=1024, lr=1e-3
 ):
-    """`start`: the folder of a trained base model; without it `steps` are 200."""
+    """`start`: the folder of a trained base model; without it `steps` are 120."""
     config = ml_collections.ConfigDict()
     config.data = dict(
         source="novels", held_out=["novels:only=persuasion"], packing="concat"
@@ -33,7 +33,7 @@ def get_config(
     if not start:
         config.name, config.title = f"base-{seed}", f"Base model, seed {seed}"
         config.model = dict(source="mini-bytes", scratch=True, tokenizer="bytes")
-        config.steps, config.batch, config.length = 200, 8, 256
+        config.steps, config.batch, config.length = 120, 8, 256
         config.optimizer = dict(lr=4e-3, warmup=20, weight_decay=0.1)
         return config
     config.name = f"{how}-{seed}"
