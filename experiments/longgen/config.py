@@ -14,7 +14,7 @@ PLACES = ("middle", "bottom", "top", "spread", "full", "sparse")
 READING = "Reading a novel that no model was trained on"
 
 
-def get_config(seeds=3, steps=150, length=512, documents=6):
+def get_config(seeds=3, steps=80, length=512, documents=6):
     """`length`: bytes of each of `documents` pieces; positions past 64 decide."""
     config = ml_collections.ConfigDict()
     config.name = "longgen"

@@ -11,7 +11,7 @@ import ml_collections
 COUNTS = dict(full=6, sparse=0)
 
 
-def get_config(place="middle", seed=0, steps=150, length=512, batch=4, lr=4e-3):
+def get_config(place="middle", seed=0, steps=80, length=512, batch=4, lr=4e-3):
     """Rows of `length` bytes cut anywhere from novels."""
     config = ml_collections.ConfigDict()
     config.name = f"{place}-{seed}"
