@@ -39,17 +39,26 @@ def longgen(
     full: int | None = None,
     sinks: int = hybrid_presets.SINKS,
     window: int = hybrid_presets.WINDOW,
+    place: str = "middle",
 ) -> Convert:
-    """LongGen's AttnSink form (arXiv 2410.01485); `full` layers in the middle."""
-    return _longgen(full, window=window, sinks=sinks)
+    """LongGen's AttnSink form (arXiv 2410.01485).
+
+    `full` layers see everything: in the "middle", at the "bottom" (next to the
+    embedding) or the "top", or "spread".
+    """
+    return _longgen(full, place, window=window, sinks=sinks)
 
 
 def longgen_blocks(
-    full: int | None = None, block: int = 64, local: int = 16, stride: int = 128
+    full: int | None = None,
+    block: int = 64,
+    local: int = 16,
+    stride: int = 128,
+    place: str = "middle",
 ) -> Convert:
     """LongGen's BlockSparse form; kv heads see stripes of their own."""
     sizes = f"block={block},local={local},stride={stride}"
-    return _longgen(full, pattern=f"block_sparse:{sizes}")
+    return _longgen(full, place, pattern=f"block_sparse:{sizes}")
 
 
 def infini(segment: int = 2048, rule: str = "delta") -> Convert:
@@ -59,9 +68,9 @@ def infini(segment: int = 2048, rule: str = "delta") -> Convert:
     )
 
 
-def _longgen(full: int | None, **sparse: int | str) -> Convert:
+def _longgen(full: int | None, place: str, **sparse: int | str) -> Convert:
     def change(config: ModelConfig) -> ModelConfig:
-        plain = hybrid_presets.longgen(config, full=full, blocks=True)
+        plain = hybrid_presets.longgen(config, full=full, place=place, blocks=True)
         layers = tuple(
             _thin(old, sparse) if new.mixer.static else old
             for old, new in zip(config.layers, plain.layers, strict=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 
 from lclm.config import LayerSpec, ModelConfig, find_runs
-from lclm.errors import LclmError
+from lclm.errors import LclmError, unknown
 from lclm.specs import AttentionSpec, InfiniSpec
 from lclm.typing import Params
 
@@ -16,6 +16,7 @@ CONTEXT = 131072
 # LongGen raises the base and does not say to what; this is ours.
 THETA = 5e6
 SINKS, WINDOW = 64, 1984
+PLACES = ("middle", "bottom", "top", "spread")
 BLOCKS = "block_sparse:block=64,local=16,stride=128,kv_heads={kv_heads}"
 
 
@@ -23,6 +24,7 @@ def longgen(
     base: ModelConfig,
     *,
     full: int | None = None,
+    place: str = "middle",
     blocks: bool = False,
     context: int = CONTEXT,
     theta: float = THETA,
@@ -30,24 +32,18 @@ def longgen(
     """LongGen (arXiv 2410.01485): full attention in the middle, sparse layers around.
 
     About 2048 tokens of 128k are seen by a sparse layer: sinks and a window, or
-    (`blocks`) near blocks and stripes. `full` layers in the middle, by default the
-    third that gives 12 of 32, see everything. Raises LclmError where they do not fit.
+    (`blocks`) near blocks and stripes. `full` layers, by default the third that gives
+    12 of 32, see everything; `place` is one of `PLACES`. Raises LclmError where they do
+    not fit.
     """
     layers = [_attention(layer, "LongGen") for layer in base.layers]
-    depth = len(layers)
-    full = 2 * -(-depth // 6) if full is None else full
-    if not 0 <= full <= depth or (depth - full) % 2:
-        raise LclmError(
-            f"LongGen with {full} full layers of {depth}: the rest must halve around "
-            f"the middle; use a number such as {depth - 2 * (depth // 3)}"
-        )
-    edge = (depth - full) // 2
+    whole = full_layers(len(layers), full, place)
 
     def one(index: int, layer: LayerSpec) -> LayerSpec:
         spec = layer.mixer
         rope = dataclasses.replace(spec.rope, theta=theta, context=context)
         spec = dataclasses.replace(spec, rope=rope)
-        if edge <= index < depth - edge:
+        if index in whole:
             pass
         elif blocks:
             spec = dataclasses.replace(
@@ -61,6 +57,29 @@ def longgen(
     return dataclasses.replace(
         base, family="longgen", stack=find_runs(new), context=context
     )
+
+
+def full_layers(depth: int, full: int | None, place: str) -> tuple[int, ...]:
+    """Indices of the `full` layers of `depth` that see everything.
+
+    "bottom" is next to the embedding, "spread" at even distances. Raises LclmError for
+    a number that does not fit.
+    """
+    if place not in PLACES:
+        raise unknown("place of LongGen's full layers", place, PLACES)
+    full = 2 * -(-depth // 6) if full is None else full
+    fits = 0 <= full <= depth
+    if place == "middle" and (not fits or (depth - full) % 2):
+        raise LclmError(
+            f"LongGen with {full} full layers of {depth}: the rest must halve around "
+            f"the middle; use a number such as {depth - 2 * (depth // 3)}"
+        )
+    if not fits:
+        raise LclmError(f"LongGen with {full} full layers of {depth}: 0 to {depth}")
+    if place == "spread":
+        return tuple((2 * i + 1) * depth // (2 * full) for i in range(full))
+    first = {"bottom": 0, "middle": (depth - full) // 2, "top": depth - full}[place]
+    return tuple(range(first, first + full))
 
 
 def infini(

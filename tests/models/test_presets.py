@@ -51,6 +51,11 @@ PARAMETERS = {
     # Counted by hand: 259 x 128, four layers, a norm.
     "tiny-bytes": 820_736,
     "tiny-bytes-hybrid": 955_392,
+    "mini-bytes": 213_760,
+    "mini-bytes-deep": 312_320,
+    "mini-bytes-mamba": 278_272,
+    "mini-bytes-jamba": 373_740,
+    "mini-bytes-megalodon": 257_984,
 }
 
 
@@ -58,7 +63,7 @@ PARAMETERS = {
 QUICK = (
     "smollm2-135m llama-3.2-1b qwen2-0.5b qwen3-0.6b gemma-3-270m mamba-130m "
     "mamba2-130m jamba-v0.1 mixtral-8x7b longgen-smollm2-135m infini-smollm2-135m "
-    "megalodon-200m tiny-bytes tiny-bytes-hybrid"
+    "megalodon-200m tiny-bytes tiny-bytes-hybrid mini-bytes mini-bytes-jamba"
 ).split()
 
 

@@ -119,6 +119,16 @@ def test_longgen_keeps_weights_and_the_middle_third_full(name, sparse):
     assert np.abs(got - hidden(DEEP, params)).max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("place", "full"),
+    [("bottom", [0, 1]), ("middle", [2, 3]), ("top", [4, 5]), ("spread", [1, 4])],
+)
+def test_longgen_puts_its_full_layers_where_it_is_told(place, full):
+    spec = ModelSpec("x", hybrid=f"longgen:sinks=4,window=8,place={place}")
+    layers = reshaped(DEEP, spec).layers
+    assert [i for i, s in enumerate(layers) if s.mixer.window is None] == full
+
+
 def test_longgen_with_everything_in_sight_is_the_base():
     config = reshaped(DEEP, ModelSpec("x", hybrid="longgen:sinks=4,window=96"))
     params = params_of(DEEP)
@@ -165,6 +175,8 @@ def test_a_zero_sink_is_a_key_and_value_of_zeros_and_never_moves():
     [
         (dict(hybrid="longgan"), "did you mean 'longgen'"),
         (dict(hybrid="longgen:full=3"), "must halve"),
+        (dict(hybrid="longgen:full=9,place=top"), "9 full layers of 2: 0 to 2"),
+        (dict(hybrid="longgen:place=centre"), "full layers 'centre'"),
         (dict(sink="zeros"), "did you mean 'zero'"),
         (dict(head="loose"), r"unknown model\.head"),
         (dict(rope=dict(kind="yran")), "did you mean 'yarn'"),
