@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,6 +41,7 @@ class Reading:
 
     With `window` and `stride` every window is read afresh and scores the tokens that
     no earlier window scored (sliding evaluation); else the text is read once through.
+    `opening`: pieces of a token each that stand in place of the text's first tokens.
     """
 
     cache: str = "full"
@@ -49,6 +50,7 @@ class Reading:
     chunk: int = 512
     window: int | None = None
     stride: int | None = None
+    opening: tuple[str, ...] = ()
 
     def __post_init__(self):
         require(
@@ -67,14 +69,35 @@ class Reading:
     @property
     def name(self) -> str:
         """The cache column of records."""
-        if self.window is None:
-            return self.cache
-        return f"sliding({self.cache}):window={self.window},stride={self.stride}"
+        name = self.cache
+        if self.window is not None:
+            name = f"sliding({name}):window={self.window},stride={self.stride}"
+        return f"{name} after {''.join(self.opening)!r}" if self.opening else name
 
     @property
     def title(self) -> str:
         """What tables and figures call it."""
         return self.label or self.name
+
+    def opened(
+        self, tokens: Int[np.ndarray, "1 length"], encode: Callable[[str], list[int]]
+    ) -> Int[np.ndarray, "1 length"]:
+        """The tokens behind this reading's opening."""
+        ids = [encode(piece) for piece in self.opening]
+        for piece, found in zip(self.opening, ids, strict=True):
+            require(
+                len(found) == 1,
+                f"opening has {piece!r}, which is {len(found)} tokens of this model: "
+                "give pieces of one token each",
+            )
+        count = len(ids)
+        require(
+            count < tokens.shape[1],
+            f"an opening of {count} tokens and a text of {tokens.shape[1]}: at most "
+            "all but one can be replaced",
+        )
+        new = np.asarray(ids, np.int32).reshape(1, count)
+        return np.concatenate([new, tokens[:, count:]], axis=1)
 
 
 @dataclass(frozen=True)
@@ -123,9 +146,8 @@ class Perplexity:
                     pieces = self.pieces(lm) if pieces is None else pieces
                     piece = pieces[document : document + 1]
                     chosen = self._chosen(lm, document, piece, journal, observe)
-                    found = self._measure(
-                        lm, reading, piece[:, :length], chosen, observe
-                    )
+                    tokens = reading.opened(piece[:, :length], lm.tokenizer.encode)
+                    found = self._measure(lm, reading, tokens, chosen, observe)
                     record = journal.add({**key, **found})
                 records.append(record)
         return records

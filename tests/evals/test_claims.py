@@ -223,3 +223,45 @@ def test_a_run_decides_its_claims_on_its_page_and_in_a_file(tmp_path, source, lm
     assert page.index("Sinks help.") < page.index("<h2>Reading")
     assert len(lines.splitlines()) == 1 + 2 * 3
     assert UNDECIDED in screen.file.getvalue()
+
+
+TRAINED = """
+def get_config(source={source!r}):
+    train = {train!r}
+    seeds = [dict(name=f"tiny {{s}}", train=f"{{train}}:steps=3") for s in range(2)]
+    sides = [dict(cache="full"), dict(cache="window:window=9")]
+    stage = dict(eval="perplexity", title="Reading", source=source, length=100,
+                 bucket=50, readings=sides)
+    claim = dict(says="More sees more.", paper="none", measure="nll", stage="Reading",
+                 seed="model", low=sides[0], high=sides[1])
+    return dict(name="n", models=seeds, stages=[stage], claims=[claim])
+"""
+
+
+@pytest.mark.slow
+def test_models_trained_on_demand_are_trained_once_and_told_apart(tmp_path, source):
+    path = tmp_path / "own.py"
+    train = tmp_path / "train.py"
+    train.write_text(
+        "def get_config(steps=2):\n"
+        "    return dict(name='tiny', steps=steps, batch=2, length=64,\n"
+        "        model=dict(source='tiny-bytes', scratch=True, tokenizer='bytes'),\n"
+        f"        data=dict(source={source!r}))\n"
+    )
+    path.write_text(TRAINED.format(source=source, train=str(train)))
+    screen = Console(file=io.StringIO(), width=200)
+    folder = tmp_path / "run"
+    report = run(str(path), workdir=folder, console=screen)
+    models = folder / "models"
+    assert sorted(p.name for p in models.iterdir()) == ["tiny-0", "tiny-1"]
+    written = (models / "tiny-0" / "metrics.jsonl").read_bytes()
+    lines = (folder / "claims.csv").read_text().splitlines()
+    assert [line.split(",")[5] for line in lines[1:]] == ["tiny 0", "tiny 1"] * 2
+    assert "Trained for this run" in report.read_text()
+    measured = (folder / "metrics.jsonl").read_bytes()
+    run(str(path), workdir=folder, console=screen)
+    assert (folder / "metrics.jsonl").read_bytes() == measured
+    assert (models / "tiny-0" / "metrics.jsonl").read_bytes() == written
+    train.write_text(train.read_text().replace("batch=2", "batch=4"))
+    with pytest.raises(LclmError, match="holds a run of another config"):
+        run(str(path), workdir=folder, console=screen)

@@ -326,6 +326,23 @@ def test_a_start_token_is_counted_and_opens_every_document(lm, source, tmp_path)
         assert all(r["prompt_tokens"] <= r["length"] for r in records)
 
 
+def test_an_opening_stands_in_place_of_the_first_tokens(lm, source, tmp_path):
+    piece = Perplexity(source=source, length=50).pieces(lm)
+    reading = Reading("window:window=8", opening=(".", ".", " a"))
+    opened = reading.opened(piece, lm.tokenizer.encode)
+    assert lm.tokenizer.decode(opened[0, :3]) == ".. a"
+    assert opened.shape == piece.shape and (opened[0, 3:] == piece[0, 3:]).all()
+    job = Perplexity((Reading("window:window=8"), reading), source, length=50)
+    records = job.run(lm, journal=Journal(tmp_path / "m.jsonl"))
+    assert records[1]["cache"] == "window:window=8 after '.. a'"
+    assert len(job.summary(records, trained=100).panels[0].rows) == 2
+    encode = lm.tokenizer.encode
+    with pytest.raises(LclmError, match="tokens of this model"):
+        Reading(opening=("no word",)).opened(piece, encode)
+    with pytest.raises(LclmError, match="an opening of 50 tokens and a text of 50"):
+        Reading(opening=("a",) * 50).opened(piece, encode)
+
+
 def test_a_loss_that_is_not_finite_is_refused_with_its_position(lm, source, tmp_path):
     class Broken(Scripted):
         def nll(self, tokens, **options):

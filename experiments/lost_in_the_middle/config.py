@@ -1,0 +1,65 @@
+"""Lost in the Middle (arXiv 2307.03172): the same answer at five places of a context.
+
+    lclm run --config=experiments/lost_in_the_middle/config.py
+
+About 8 minutes on 2 CPU cores.
+Expected: the paper's curves are a U: with 20 documents GPT-3.5-Turbo answers 75.8,
+57.2, 53.8, 55.4 and 63.2 of 100 at places 1, 5, 10, 15 and 20 (closed book 56.1, oracle
+88.3); MPT-30B-Instruct 53.7, 51.8, 52.2, 52.7 and 56.2 (31.7, 81.7).
+"""
+
+import ml_collections
+
+
+def get_config(model="smollm2-135m", keys=12, documents=8, limit=12):
+    """`keys`: pairs of a JSON object; `documents`: of a question; `limit` questions."""
+    config = ml_collections.ConfigDict()
+    config.name = "lost_in_the_middle"
+    config.title = "Lost in the middle"
+    config.about = (
+        "One small model is asked for a value of a JSON object, and for what one of "
+        "several documents says, with the answer at every place of the context. Each "
+        "question is a seed."
+    )
+    config.size = "smoke"
+    config.model, config.quantize = model, "int8"
+
+    def stage(kind, title, total, steps):
+        places = [round(i * (total - 1) / steps) for i in range(steps + 1)]
+        return dict(eval="lost_in_the_middle", kind=kind, title=title, total=total,
+                    places=places, limit=limit)  # fmt: skip
+
+    config.stages = [
+        stage("kv", "Keys and values", keys, 4),
+        stage("qa", "Documents", documents, 2),
+    ]
+
+    def claim(says, paper, title, low, high):
+        return dict(says=says, paper="arXiv 2307.03172, " + paper, measure="score",
+                    stage=title, seed="example", low=low, high=high)  # fmt: skip
+
+    def at(place, strategy="whole"):
+        return dict(place=place, strategy=strategy)
+
+    qa, kv = "table 6 (20 documents, GPT-3.5): ", "figure 7, "
+    config.claims = []
+    for title, total, paper in (
+        ("Keys and values", keys, (kv + "U-shaped for 140 and 300 keys",) * 2),
+        ("Documents", documents, (qa + "75.8 against 53.8", qa + "63.2 against 53.8")),
+    ):
+        ends = (("beginning", 0, paper[0]), ("end", total - 1, paper[1]))
+        config.claims += [
+            claim(f"{title}: an answer at the {word} is found more often than one in "
+                  "the middle.", told, title, at(round((total - 1) / 2)), at(place))
+            for word, place, told in ends
+        ]  # fmt: skip
+    config.claims += [
+        claim(
+            "Documents: closed book is below the oracle, so the answer is read.",
+            "table 1: 56.1 against 88.3",
+            "Documents",
+            dict(strategy="closed_book"),
+            dict(strategy="oracle"),
+        ),
+    ]
+    return config
