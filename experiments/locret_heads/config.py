@@ -16,7 +16,7 @@ import ml_collections
 PAPER = "arXiv 2410.01805"
 
 
-def get_config(length=1024, budget=256, trials=5, perplexity=False, heads=""):
+def get_config(length=1024, budget=256, trials=3, perplexity=False, heads=""):
     """`heads`: a file of retaining heads instead of those that come with lclm."""
     own = f",heads={heads}" if heads else ""
     locret = f"locret:budget={budget}{own}"
