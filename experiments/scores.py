@@ -2,9 +2,9 @@
 
     python -m experiments.scores runs/locret-1024 experiments/locret_heads
 
-Reads `metrics.jsonl` of a finished `lclm run` that asks passkeys, writes `figure.png` and
-`scores.csv` (cache, seed, mean score of the seed's keys, keys, bytes held), and copies
-`claims.csv` to `results.csv` beside them.
+Reads `metrics.jsonl` of a finished `lclm run` that asks passkeys, writes `figure.png`
+and `scores.csv` (cache, seed, mean score of the seed's keys, keys, bytes held), and
+copies `claims.csv` to `results.csv` beside them.
 """
 
 import json
