@@ -118,13 +118,11 @@ def scbench(folder):
             asked = [turn(mark) for mark in MARKS[2 * i : 2 * i + 2]]
             more = {"options": ["w", "x", "y", "z"]} if name == "choice_eng" else {}
             talk = [{"input": q, "answer": a, **more} for q, a in asked]
-            for place, (mark, turn) in enumerate(
-                zip(MARKS[2 * i :], talk, strict=False)
-            ):
+            for place, said in enumerate(talk):
                 if name in mixed:
-                    turn["task"] = mixed[name][place]
-                if name.startswith("repoqa") and turn.get("task") != "scbench_kv":
-                    turn["name"] = f"double_{mark}"
+                    said["task"] = mixed[name][place]
+                if name.startswith("repoqa") and said.get("task") != "scbench_kv":
+                    said["name"] = f"double_{MARKS[2 * i + place]}"
             text = [5, 9, i] if name == "mf" else f"Text {i} of {name}. " * 9
             row = {"id": i, "context": text, "multi_turns": talk}
             rows.append(row | ({"repo": "mill"} if name.startswith("repoqa") else {}))
