@@ -1,7 +1,7 @@
 """Infini-attention's memory: what it adds to segments of 64, and how gates part.
 
     lclm run --config=experiments/infini/config.py
-    python -m experiments.infini.gates runs/infini
+    python experiments/infini/gates.py runs/infini
 
 Models of 0.2M parameters trained on novels in rows of 256 bytes: segments with a
 memory, a window of 64 without one, and full attention (arXiv 2404.07143). README.md

@@ -1,6 +1,6 @@
 """The gates of trained Infini-attention models: the memory's share of every head.
 
-    python -m experiments.infini.gates runs/infini
+    python experiments/infini/gates.py runs/infini
 
 Writes `experiments/infini/gates.csv` (model, layer, head, share) and prints how many
 heads are past 0.9 and below 0.1; they begin at 0.5.

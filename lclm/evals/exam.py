@@ -151,7 +151,6 @@ class Examination:
     """
 
     task: ClassVar[str]
-    modes: ClassVar[tuple[str, ...]] = ()
 
     budget: int = 0
     chat: bool = False
@@ -162,7 +161,7 @@ class Examination:
     def exam(self) -> Exam:
         """How the questions are put; raises LclmError where they cannot be."""
         told = (self.caches, self.strategies, self.questions, self.budget, self.chat)
-        return Exam(*told, self.modes)
+        return Exam(*told)
 
     def items(self, tokenizer: Tokenizer, starts: int = 0) -> list[Item]:
         """Every question; `starts` tokens (BOS) of the model's own count in lengths."""

@@ -6,7 +6,7 @@ first read. Contexts are built, or come from the benchmark's own files.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -25,7 +25,7 @@ from lclm.evals.base import (
     show,
     to_csv,
 )
-from lclm.evals.exam import Examination, Item, mean, table, ways
+from lclm.evals.exam import Exam, Examination, Item, mean, table, ways
 from lclm.evals.labelled import Labelled
 from lclm.evals.multi_turn_tasks import TASKS, Sample, make
 from lclm.evals.scbench import COLUMNS, KINDS, files, grade, read_kind
@@ -80,6 +80,10 @@ class MultiTurn(Examination):
                 "SCBench does not say where an answer stands: no strategy 'oracle'",
             )
         self.exam()
+
+    def exam(self) -> Exam:
+        """How the questions are put."""
+        return replace(super().exam(), modes=self.modes)
 
     @cached_property
     def _labelled(self) -> Labelled:

@@ -138,11 +138,23 @@ def with_sink(out, lse, sink):
 
 def attend(scoring: _Scoring, q, k, v, k_pos, *, length=None, beside=None):
     """Out and lse of `cached_attention`, and column sums if there is a `beside`."""
+    if beside is not None and q.shape[1] == 1 and not _closed(k):
+        return _with_sums(scoring, q, k, v, k_pos, beside)
     out, lse = _attend(scoring, q, k, v, k_pos, length)
     if beside is None:
         return out, lse, None
     whole = jnp.logaddexp(lse, beside)
     return out, lse, _column_sums(scoring, q, k, whole, k_pos)
+
+
+def _with_sums(scoring: _Scoring, q, k, v, k_pos, beside):
+    """One query's weights serve its output and its column sums."""
+    B, _, N, _ = q.shape
+    top, total, acc, weights = _weighed(scoring, scoring.rows(q), k, v, k_pos)
+    out, lse = _finish((top, total, acc), (B, 1, N), v.dtype)
+    whole = jnp.logaddexp(lse, beside).reshape(top.shape)
+    share = jnp.where(jnp.isfinite(whole) & (total > 0), jnp.exp(top - whole), 0.0)
+    return out, lse, (weights * share[..., None]).sum(2)
 
 
 def _attend(scoring: _Scoring, q, k, v, k_pos, length):
@@ -210,7 +222,12 @@ def _two_rows(scoring: _Scoring, rows):
 
 
 def _whole(scoring: _Scoring, rows, k, v, k_pos):
-    """One product over all slots.
+    """One product over all slots."""
+    return _weighed(scoring, rows, k, v, k_pos)[:3]
+
+
+def _weighed(scoring: _Scoring, rows, k, v, k_pos):
+    """The same, and the weights [B, K, R, C] before they are divided by their sum.
 
     The operands keep the type of the cache: on a CPU a widened copy of a bfloat16
     cache costs more than the product, except that a product of one row would be done
@@ -224,7 +241,8 @@ def _whole(scoring: _Scoring, rows, k, v, k_pos):
         "bkrc,bkch->bkrh", weights.astype(v.dtype), v,
         preferred_element_type=wide_dtype(v),
     )  # fmt: skip
-    return top[:, :, :R], weights.sum(-1)[:, :, :R], acc[:, :, :R]
+    state = top, weights.sum(-1), acc, weights
+    return tuple(x[:, :, :R] for x in state)
 
 
 def _blocks(scoring: _Scoring, rows, k, v, k_pos, length, block: int):
