@@ -250,14 +250,18 @@ def share(
     args: argparse.Namespace, model: Path, cache: str, budget: int
 ) -> dict[str, Any]:
     """Peaks of one process, and how much more a long text takes than a short one."""
+    from lclm.cache import make
+
     short = budget + args.chunk
     asks = [{"any": short}, {"any": short, "trim": True}, {"any": args.length}]
     asks[2]["trim"] = True
     worker = Worker("lclm", OUR_PEER, {"gguf": str(model), "threads": args.threads})
     found = [worker.ready]
     if "error" not in worker.ready:
-        # Room for the long text: pyramidkv's layers then have one size for both.
-        same = {"cache": cache, "chunk": args.chunk, "room": args.length}
+        # pyramidkv's layers have one size for both where there is room for the long
+        # text, which a bounded cache does not allocate.
+        room = 0 if make(cache).kept is None else args.length
+        same = {"cache": cache, "chunk": args.chunk, "room": room}
         found = [worker.ask(same | ask) for ask in asks]
     worker.close()
     errors = [a["error"] for a in found if "error" in a]

@@ -24,15 +24,20 @@ def test_a_long_text_adds_to_the_process_only_what_its_policy_keeps(
     args = argparse.Namespace(
         length=16384, chunk=512, budget=[2048], threads=2, methods=["full", "snapkv"]
     )
-    caches.memory(args, model, out)
+
+    def measure():
+        facts = {"length": args.length, "chunk": args.chunk}
+        caches.memory(args, model, caches.Table(out, facts))
+
+    measure()
     full, snapkv = json.loads(out.read_text())["rows"]
     assert snapkv["cache_bytes"] < full["cache_bytes"] / 7
     assert snapkv["share"] <= 0.3
     assert full["share"] > 0.7  # what grows with the text is seen
     # What was measured is not measured again, at these settings.
     monkeypatch.setattr(caches, "share", lambda *_: {"share": None})
-    caches.memory(args, model, out)
+    measure()
     assert json.loads(out.read_text())["rows"] == [full, snapkv]
     args.chunk = 256
-    caches.memory(args, model, out)
+    measure()
     assert [row["share"] for row in json.loads(out.read_text())["rows"]] == [None] * 2
