@@ -27,12 +27,11 @@ def memory(data: Row) -> list[str]:
             f"{r['long_peak'] / 2**20:,.0f}",
             f"{r['share']:.2f}",
             f"{r['share_reading']:.2f}",
-            f"{r['read']:,.0f}",
         )
         for r in data["rows"]
     ]
     heads = ("cache", "its MiB", "peak of the short text", "of the long one", "share")
-    return markdown((*heads, "share, reading alone", "tokens/s"), rows)
+    return markdown((*heads, "share, reading alone"), rows)
 
 
 def speed(data: Row) -> list[str]:
@@ -75,27 +74,21 @@ def tasks(data: Row) -> list[str]:
 
 def by_side(data: Row, show: Callable[[Row], str]) -> list[str]:
     """A line a method and budget, a column a side."""
-    lines = []
+    lines: dict[tuple, Row] = {}
     for row in data["rows"]:
-        name = (row["method"], row["budget"])
-        if name not in [line[0] for line in lines]:
-            lines.append((name, {}))
-        side = (row["library"], row["at"])
-        text = "-" if "error" in row else show(row)
-        next(line for line in lines if line[0] == name)[1][side] = text
+        cells = lines.setdefault((row["method"], row["budget"]), {})
+        at = "chunk" if row["at"] == "full" else row["at"]
+        cells[row["library"], at] = "-" if "error" in row else show(row)
         if "cache_bytes" in row:
-            next(line for line in lines if line[0] == name)[1].setdefault(
-                "bytes", f"{row['cache_bytes'] / 2**20:,.1f}"
-            )
+            cells.setdefault("bytes", f"{row['cache_bytes'] / 2**20:,.1f}")
     rows = [
         (
             method,
             "all" if budget is None else f"{budget:,}",
             cells.get("bytes", "-"),
-            *(cells.get(s, cells.get(("lclm", "full"), "-")) for s in SIDES[:1]),
-            *(cells.get(s, "-") for s in SIDES[1:]),
+            *(cells.get(side, "-") for side in SIDES),
         )
-        for (method, budget), cells in lines
+        for (method, budget), cells in lines.items()
     ]
     heads = ("method", "budget", "MiB", "lclm, at=chunk", "lclm, at=end", "kvpress")
     return markdown(heads, rows)
