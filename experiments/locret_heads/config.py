@@ -4,12 +4,14 @@
     lclm run --config=experiments/locret_heads/config.py:beside=False
     lclm run --config=experiments/locret_heads/config.py:length=2048,budget=512
 
-Passkeys in contexts of `length` tokens that are read, and compressed, before the
-question is known: a seed is a draw of five keys, one at each depth. Every evicting
-cache is bounded throughout (at=chunk, 512 tokens a call); StreamingLLM gets the bytes
-of the scores as more tokens. With perplexity=True also the loss on three pieces of
-Persuasion, which the heads' training did not see; beside=False leaves out StreamingLLM
-and the full cache. A finished measurement is kept when the run is interrupted.
+Passkeys and needles in contexts of `length` tokens that are read, and compressed,
+before the question is known. A seed is a draw of five keys and of their depths, one in
+each fifth of the context; of needles a draw of five facts. Every evicting cache is
+bounded throughout (at=chunk, 512 tokens a call); StreamingLLM gets the bytes of the
+scores as more tokens. About 20 minutes of 2 cores. With perplexity=True also the loss
+on three pieces of Persuasion, which the heads' training did not see; beside=False
+leaves out StreamingLLM and the full cache. A finished measurement is kept when the run
+is interrupted.
 """
 
 import ml_collections
@@ -18,7 +20,7 @@ PAPER = "arXiv 2410.01805"
 
 
 def get_config(
-    length=1024, budget=256, trials=3, perplexity=False, beside=True, heads=""
+    length=1024, budget=256, trials=5, perplexity=False, beside=True, heads=""
 ):
     """`heads`: a file of retaining heads instead of those that come with lclm."""
     own = f",heads={heads}" if heads else ""
@@ -32,18 +34,13 @@ def get_config(
     config.title = "Locret on SmolLM2-135M"
     config.model = "smollm2-135m"
     config.quantize = "int8"
+    asked = dict(lengths=[length], trials=trials, caches=caches, questions="hidden")
     config.stages = [
-        dict(
-            eval="passkey",
-            title="Passkeys",
-            lengths=[length],
-            depths=[0.1, 0.3, 0.5, 0.7, 0.9],
-            trials=trials,
-            caches=caches,
-            questions="hidden",
-        )
+        dict(eval="passkey", title="Passkeys", bins=5, **asked),
+        dict(eval="needle", title="Needles", at=[0.1, 0.3, 0.5, 0.7, 0.9], **asked),
     ]
-    found = dict(stage="Passkeys", measure="score", high=dict(cache=locret))
+    both = ["Passkeys", "Needles"]
+    found = dict(stage=both, measure="score", high=dict(cache=locret))
     config.claims = [
         dict(
             says="Trained heads keep what heads that were not trained lose.",
@@ -75,7 +72,7 @@ def get_config(
             dict(
                 says="Nothing is lost: Locret finds as many as the full cache.",
                 paper=f"{PAPER}: R.PassKey 100% at 128K (RTX 4090)",
-                stage="Passkeys",
+                stage=both,
                 measure="score",
                 low=dict(cache="full"),
                 high=dict(cache=locret),

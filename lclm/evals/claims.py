@@ -1,6 +1,8 @@
 """A paper's claims, decided: two sides, their values by seed, and one strict rule.
 
-A side's mean over seeds has a 95% t-interval. "reproduced": both sides have at least
+A side's mean over seeds has a 95% t-interval; that of a score in [0, 1] is at least
+Wilson's interval of as many answers (Wilson 1927, JASA 22), since seeds that agree say
+nothing of the questions that were not asked. "reproduced": both sides have at least
 `SEEDS` seeds and the low side's interval ends below the beginning of the high side's;
 "did not reproduce": the other way about; "undecided" otherwise.
 """
@@ -10,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 
 from lclm.errors import did_you_mean
 from lclm.evals.base import Panel, Record, Summary, require, show, to_csv
@@ -18,10 +20,11 @@ from lclm.evals.base import Panel, Record, Summary, require, show, to_csv
 SEEDS = 3
 REPRODUCED, FAILED, UNDECIDED = "reproduced", "did not reproduce", "undecided"
 RULE = (
-    "Means over seeds with 95% t-intervals. Reproduced: at least 3 seeds a side, and "
-    "the low side's interval ends below the high side's; did not reproduce: the other "
-    "way about; else undecided. High - low: differences of the same seeds, which are "
-    "no part of the rule."
+    "Means over seeds with 95% t-intervals, those of scores at least Wilson's interval "
+    "of all answers. Reproduced: at least 3 seeds a side, and the low side's interval "
+    "ends below the high side's; did not reproduce: the other way about; else "
+    "undecided. High - low: differences of the same seeds, which are no part of the "
+    "rule."
 )
 COLUMNS = ("verdict", "claim", "the paper", "measure", "low", "high", "high - low")
 HEADER = ("claim", "paper", "measure", "side", "picks", "seed", "value")
@@ -80,9 +83,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean of one value a seed, and its 95% t-interval (unbounded below 2 seeds)."""
+    """Mean of one value a seed, and its 95% interval (unbounded below 2 seeds).
+
+    answers: how many scores in [0, 1] the values average; 0 for other measures.
+    """
 
     values: Mapping[Any, float]
+    answers: int = 0
 
     @property
     def mean(self) -> float:
@@ -98,14 +105,33 @@ class Estimate:
         squares = math.fsum((v - mean) ** 2 for v in self.values.values())
         return float(stdtrit(n - 1, 0.975)) * math.sqrt(squares / (n - 1) / n)
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Student's, made as wide as Wilson's where the values are of answers."""
+        low, high = self.mean - self.half, self.mean + self.half
+        if not self.answers:
+            return low, high
+        least, most = wilson(self.mean, self.answers)
+        return max(min(low, least), 0.0), min(max(high, most), 1.0)
+
     def show(self) -> str:
-        """`3.21 ± 0.12 (3 seeds)`."""
-        n, half = len(self.values), self.half
+        """`3.21 [3.09, 3.33] (3 seeds)`."""
+        n, (low, high) = len(self.values), self.interval
         seeds = f"({n} seed{'s' * (n != 1)})"
-        if not math.isfinite(half):
+        if n < 2:
             return f"{self.mean:.4g} {seeds}"
-        digits = min(max(2 - math.floor(math.log10(half or abs(self.mean) or 1)), 0), 6)
-        return f"{self.mean:.{digits}f} ± {half:.{digits}f} {seeds}"
+        scale = (high - low) / 2 or abs(self.mean) or 1
+        digits = min(max(2 - math.floor(math.log10(scale)), 0), 6)
+        numbers = (f"{v:.{digits}f}" for v in (self.mean, low, high))
+        return "{} [{}, {}] {}".format(*numbers, seeds)
+
+
+def wilson(share: float, answers: int) -> tuple[float, float]:
+    """The 95% score interval of a share of `answers` right answers."""
+    z = float(ndtri(0.975)) ** 2 / answers
+    middle = (share + z / 2) / (1 + z)
+    half = math.sqrt(z * share * (1 - share) + z * z / 4) / (1 + z)
+    return middle - half, middle + half
 
 
 @dataclass(frozen=True)
@@ -122,10 +148,11 @@ class Decision:
         low, high = self.low, self.high
         if min(len(low.values), len(high.values)) < SEEDS:
             return UNDECIDED
-        gap = high.mean + self.claim.margin - low.mean
-        if abs(gap) <= low.half + high.half:
-            return UNDECIDED
-        return REPRODUCED if gap > 0 else FAILED
+        margin = self.claim.margin
+        if low.interval[1] < high.interval[0] + margin:
+            return REPRODUCED
+        apart = high.interval[1] + margin < low.interval[0]
+        return FAILED if apart else UNDECIDED
 
     @property
     def difference(self) -> Estimate | None:
@@ -160,10 +187,10 @@ class Decision:
 
 
 def _numbers(estimate: Estimate) -> tuple[str, str, str]:
-    mean, half = estimate.mean, estimate.half
-    if not math.isfinite(half):
-        return show(mean, ".6g"), "", ""
-    return tuple(show(v, ".6g") for v in (mean, mean - half, mean + half))
+    mean = show(estimate.mean, ".6g")
+    if len(estimate.values) < 2:
+        return mean, "", ""
+    return (mean, *(show(v, ".6g") for v in estimate.interval))
 
 
 def told(picks: Mapping[str, Any]) -> str:
@@ -212,10 +239,12 @@ def _side(claim: Claim, side: str, records: Sequence[Record]) -> Estimate:
         f"{where}: none of its {len(mine)} records was measured"
         + (f" at positions {claim.span[0]} to {claim.span[1]}" if claim.span else ""),
     )
-    return Estimate({
+    means = {
         seed: math.fsum(v * w for v, w in parts) / math.fsum(w for _, w in parts)
         for seed, parts in found.items()
-    })  # fmt: skip
+    }
+    asked = sum(map(len, found.values())) if claim.measure == "score" else 0
+    return Estimate(means, asked)
 
 
 def _measured(claim: Claim, record: Record) -> Iterable[tuple[Any, float | int]]:

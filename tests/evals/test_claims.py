@@ -79,6 +79,30 @@ def test_a_margin_lets_the_low_side_be_that_much_above():
     assert verdict(low, high, margin=0.2) == REPRODUCED
 
 
+def test_scores_of_equal_seeds_have_the_interval_of_their_answers():
+    # Wilson's 95% interval of 9 of 15: 0.357 to 0.802; of 0 of 15: 0 to 0.204.
+    half = Estimate(dict.fromkeys(range(3), 0.6), 15)
+    none = Estimate(dict.fromkeys(range(3), 0.0), 15)
+    assert half.interval == pytest.approx((0.3575, 0.8018), abs=1e-4)
+    assert none.interval == pytest.approx((0.0, 0.2039), abs=1e-4)
+    some = Estimate(dict.fromkeys(range(3), 0.2), 15)
+    assert Decision(claim(), none, half).verdict == REPRODUCED
+    assert Decision(claim(), half, none).verdict == FAILED
+    assert Decision(claim(), some, half).verdict == UNDECIDED
+    wide = Estimate({0: 0.2, 1: 0.6, 2: 1.0}, 1500)
+    assert wide.interval == (0.0, 1.0)
+
+
+def test_records_of_scores_count_as_answers():
+    sides = (("a", 0.0), ("b", 1.0))
+    records = [dict(stage="Asked", seed=s % 3, score=v, cache=c)
+               for c, v in sides for s in range(6)]  # fmt: skip
+    told = dict(stage=("Asked",), measure="score")
+    found = decide(claim(low={"cache": "a"}, high={"cache": "b"}, **told), records)
+    assert (found.low.answers, found.high.answers) == (6, 6)
+    assert found.verdict == REPRODUCED and found.low.half == 0.0
+
+
 def record(seed, title, nll, **more):
     curve = [[0, 50, nll + 1, 49, 0, 0], [50, 100, nll - 1, 50, 0, 0]]
     told = dict(task="perplexity", length=100, seed=seed, title=title, tokens=99)
@@ -113,8 +137,8 @@ def test_the_table_has_both_sides_and_the_csv_file_every_seed():
     made = summary([decide(claim(), RECORDS)], note="CPU-sized run: smoke.")
     (row,) = made.panels[0].rows
     assert row[:3] == (REPRODUCED, "Sinks help.", CLAIM["paper"])
-    assert row[4] == "label=sinks: 3.100 ± 0.248 (3 seeds)"
-    assert row[6] == "6 ± 0 (3 seeds)" or row[6].startswith("6.00")
+    assert row[4] == "label=sinks: 3.100 [2.852, 3.348] (3 seeds)"
+    assert row[6].startswith("6.00")
     assert made.panels[0].note.startswith("CPU-sized run: smoke.")
     lines = list(csv.DictReader(io.StringIO(made.csv["claims.csv"])))
     assert [(r["side"], r["seed"], r["value"]) for r in lines[:2]] == [
