@@ -1,7 +1,6 @@
 """Quest: every query reads its own pages, whatever the call it came in."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -208,27 +207,6 @@ def test_softcap_scale_and_sink_reach_the_chosen_pages():
         call = jax.jit(policy.attend, static_argnames="layer")
         outs.append(call(cache, heads, step, layer=layer, sink=sink)[0])
     np.testing.assert_allclose(outs[1][:, :28], outs[0][:, :28], atol=2e-5)
-
-
-def test_a_loop_of_decoded_tokens_copies_no_cache():
-    layer, policy = Layer(0, SPEC), Quest(budget=48, dense=0)
-    cache = policy.init(layer, 1, 16384, jnp.float32)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def decode(cache, heads, start):
-        def body(_, state):
-            cache, start = state
-            step = make_step(tiny_config(), start[:, None], start=start)
-            out, cache = policy.attend(cache, heads, step, layer)
-            return cache, start + 1 + (out[0, 0, 0, 0] > 1e9)
-
-        return jax.lax.fori_loop(0, 8, body, (cache, start))
-
-    one = Heads(*(x[:1, :1] for x in jax.tree.leaves(random_heads())))
-    compiled = decode.lower(cache, one, jnp.full(1, 99, jnp.int32)).compile()
-    if (memory := compiled.memory_analysis()) is None:
-        pytest.skip("this backend tells no memory")
-    assert memory.temp_size_in_bytes < cache.groups[0].k.nbytes / 4
 
 
 def test_a_budget_shows_in_the_losses_of_a_model():
