@@ -1,6 +1,7 @@
 """Quest: every query reads its own pages, whatever the call it came in."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
