@@ -28,6 +28,10 @@ _SIZES = (LEAST, 256, 512, 1024)
 _STEP, _COMPARE = 1 << 16, 0.05
 
 
+class TooLong(str):
+    """A reason against a walk that fewer queries do not give."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Visits:
     """`where`: query block | key block << 16; `what`: bits | pattern << SHIFT."""
@@ -83,7 +87,9 @@ def walk(mask: Mask, T: int, S: int, offset: int, heads: int) -> Walk | str:
             extra = (kinds == PARTIAL).sum() * tile * 2 * _COMPARE
             choices.append((visits * (tile + _STEP) + extra, block_q, block_k))
     if not choices:
-        return f"{T} x {S} tokens under this mask need over {MOST_VISITS} visits"
+        return TooLong(
+            f"{T} x {S} tokens under this mask need over {MOST_VISITS} visits"
+        )
     for _, block_q, block_k in sorted(choices):
         kinds = _coarse(cells, block_q // base, block_k // base)
         found = _build(mask, (T, S, offset), block_q, block_k, kinds)

@@ -28,6 +28,7 @@ from pallas_kernels.attention.spec import Spec
 HIDDEN = -1e30  # score of a masked pair; its weight is exactly 0
 LOG2E = math.log2(math.e)
 ROWS = 1024  # most rows of a tile before the heads of a group are split
+MOST_RUNS = (1, 2, 4, 8, 16, 32, 64)  # queries are cut in so many, one kernel each
 VMEM = 64 << 20  # bytes that a kernel may take, within every generation's memory
 RANGES = 32 << 10  # most words of segment ranges held in scalar memory
 WIDTHS = 256  # widest head
@@ -59,11 +60,30 @@ def refuses(call: dispatch.Call) -> str | None:
         return spread
     for c in xla.head_classes(call.spec, call.q_shape[2], call.kv_shape[2]):
         own, _ = _packed(len(c.query), len(c.kv))
-        T, S = call.q_shape[1], call.kv_shape[1]
-        found = blocks.walk(c.spec.mask, T, S, call.spec.offset, own)
+        found = _runs(c.spec, call.q_shape[1], call.kv_shape[1], own)
         if isinstance(found, str):
             return found
     return None
+
+
+@functools.lru_cache(maxsize=256)
+def _runs(spec: Spec, T: int, S: int, own: int) -> tuple[range, ...] | str:
+    """The fewest equal runs of queries that each have a walk, or why there are none."""
+    reason = ""
+    for count in MOST_RUNS:
+        size = -(-T // (count * ROWS)) * ROWS
+        runs = tuple(range(n, min(n + size, T)) for n in range(0, T, size))
+        # The last run sees the most under a causal mask: where it fits, so do others.
+        for run in runs[::-1]:
+            found = blocks.walk(spec.mask, len(run), S, spec.offset + run.start, own)
+            if isinstance(found, str):
+                reason = found
+                break
+        else:
+            return runs
+        if not isinstance(reason, blocks.TooLong):
+            return reason
+    return reason
 
 
 def outside_shard_map() -> str | None:
@@ -359,7 +379,34 @@ def _scores(spec: Spec, q, k):
     return bend * (spec.softcap * LOG2E), 1.0 - jnp.square(bend)
 
 
+def _cut(spec: Spec, q, k) -> Iterator[tuple[Spec, slice]]:
+    """Queries that one kernel takes, and the mask as they see it."""
+    own, _ = _packed(q.shape[2], k.shape[2])
+    runs = _runs(spec, q.shape[1], k.shape[1], own)
+    if isinstance(runs, str):
+        raise ValueError(f"mosaic_tpu: {runs}; use implementation='xla'")
+    for run in runs:
+        offset = spec.offset + run.start
+        yield dataclasses.replace(spec, offset=offset), slice(run.start, run.stop)
+
+
+def _own(segments, at: slice):
+    own, other = segments
+    return None if own is None else own[:, at], other
+
+
 def _forward_class(spec, q, k, v, sink, segments):
+    found = [
+        _forward(part, q[:, at], k, v, sink, _own(segments, at))
+        for part, at in _cut(spec, q, k)
+    ]
+    if len(found) == 1:
+        return found[0]
+    outs, lses = zip(*found, strict=True)
+    return jnp.concatenate(outs, 1), jnp.concatenate(lses, 2)
+
+
+def _forward(spec, q, k, v, sink, segments):
     layout = Layout.of(spec, q, k, v)
     call = Kernel(layout, layout.walk.by_rows, segments)
     queries = layout.lay_queries(q)
@@ -415,6 +462,21 @@ def _forward_kernel(spec, visit, q, k, v, sink, out, lse, top, total, acc):
 
 def backward_class(spec, q, k, v, segments, d_out, lse, delta):
     """Gradients of q, k and v of heads that share a mask; see `vjp.gradients`."""
+    cuts = list(_cut(spec, q, k))
+    found = []
+    for part, at in cuts:
+        rows = d_out[:, at], lse[:, :, at], delta[:, :, at]
+        own = _own(segments, at)
+        found.append(_backward(part, q[:, at], k, v, own, *rows, whole=len(cuts) == 1))
+    if len(found) == 1:
+        return found[0]
+    d_q, d_k, d_v = zip(*found, strict=True)
+    d_k, d_v = (functools.reduce(jnp.add, parts) for parts in (d_k, d_v))
+    return jnp.concatenate(d_q, 1), d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+
+def _backward(spec, q, k, v, segments, d_out, lse, delta, *, whole: bool):
+    """Those of some queries; d_k and d_v float32 unless these are the `whole`."""
     layout = Layout.of(spec, q, k, v)
     queries, d_rows = layout.lay_queries(q), layout.lay_queries(d_out)
     keys, values = layout.lay_keys(k), layout.lay_keys(v)
@@ -441,7 +503,8 @@ def backward_class(spec, q, k, v, segments, d_out, lse, delta):
 
     def key_outputs(call):
         size = layout.walk.block_k
-        dtypes = [x.dtype if layout.parts == 1 else jnp.float32 for x in (k, v)]
+        final = whole and layout.parts == 1
+        dtypes = [x.dtype if final else jnp.float32 for x in (k, v)]
         return [
             (
                 (B, tiles, *x.shape[2:]), dtype,
@@ -453,7 +516,9 @@ def backward_class(spec, q, k, v, segments, d_out, lse, delta):
     scratch = [(layout.walk.block_k, n) for n in (width, v.shape[3])]
     d_k, d_v = run(_d_kv, layout.walk.by_columns, key_outputs, scratch)
     d_k, d_v = layout.unlay_keys(d_k), layout.unlay_keys(d_v)
-    return layout.unlay_queries(d_q), d_k.astype(k.dtype), d_v.astype(v.dtype)
+    if whole:
+        d_k, d_v = d_k.astype(k.dtype), d_v.astype(v.dtype)
+    return layout.unlay_queries(d_q), d_k, d_v
 
 
 def _weigh(spec, hide, q, d_out, k, v, lse, delta):

@@ -9,7 +9,8 @@ import pytest
 
 from pallas_kernels import dispatch
 from pallas_kernels import mask as M
-from pallas_kernels.attention import attention, blocks
+from pallas_kernels.attention import attention, blocks, tpu
+from pallas_kernels.attention.spec import Spec
 from tests.kernels import prove, simulated
 
 
@@ -48,6 +49,28 @@ def test_walks_are_as_long_as_the_mask_is_dense():
     assert len(walk.patterns) <= 8
     n = 1 << 15
     assert blocks.walk(M.causal(), n, n, 0, 4).pairs <= 1.05 * M.causal().pairs(n, n)
+
+
+def test_queries_are_cut_where_one_walk_is_too_long():
+    n, causal = 1 << 18, Spec(M.causal(), 1.0)
+    assert isinstance(blocks.walk(causal.mask, n, n, 0, 4), blocks.TooLong)
+    runs = tpu._runs(causal, n, n, 4)
+    assert [run.stop for run in runs] == [n // 8 * i for i in range(1, 9)]
+    assert [run.start for run in runs] == [0, *(run.stop for run in runs[:-1])]
+    scattered = M.blocks(1, [(i, 2 * j) for i in range(4) for j in range(40)])
+    assert "edges" in tpu._runs(Spec(scattered, 1.0), 800, 800, 1)
+
+
+@pytest.mark.slow
+def test_cut_queries_have_the_values_and_gradients_of_the_whole(monkeypatch):
+    monkeypatch.setattr(blocks, "MOST_VISITS", 3)
+    for cached in (blocks.walk, tpu._runs):
+        cached.cache_clear()
+    assert len(tpu._runs(Spec(M.causal(), 0.25), 1100, 1100, 2)) == 2
+    ids = jnp.asarray(np.arange(1100) // 700)[None]
+    simulated.agree(M.causal(), 1100, 1100, B=1, N=2, K=1, ids=(ids, ids), sink=True)
+    for cached in (blocks.walk, tpu._runs):
+        cached.cache_clear()
 
 
 @pytest.mark.slow  # CPU compilers take half a minute over a grid
