@@ -174,6 +174,7 @@ def main() -> None:
     rates = H200 if "H200" in record["device"] else None
     name = record["device"].replace(" ", "-").lower()
     out = args.out or HERE / "results" / f"kernels-{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     with torch_peer(args.torch, len(os.sched_getaffinity(0))) as peer:
         for group, cases in GROUPS.items():
             for case in cases(args.small):
