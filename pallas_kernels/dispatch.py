@@ -206,8 +206,10 @@ def select(call: Call | Decode, implementation: str | None) -> Implementation:
     )
 
 
-# The platform that programs are lowered for, part of the key of JAX's trace caches.
+# The platform that programs are lowered for, and the chip where its name was told:
+# part of the key of JAX's trace caches.
 _TARGET = jax.make_user_context(None)
+_CHIP = jax.make_user_context(None)
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu"}
 
 
@@ -216,14 +218,19 @@ def platform() -> str:
     return _TARGET.value or jax.default_backend()
 
 
+def chip() -> str | None:
+    """The chip that `target` was told, such as "v5e"."""
+    return _CHIP.value
+
+
 @contextmanager
-def target(name: str) -> Iterator[None]:
-    """Calls traced inside run on a platform that may not be here.
+def target(name: str, chip: str | None = None) -> Iterator[None]:
+    """Calls traced inside run on a platform, or a `chip` of it, that may not be here.
 
     What a form is chosen by (`platform`) answers it, and JAX's caches take nothing that
     was traced for another. Raises ValueError for a platform that is not known.
     """
     if name not in PLATFORMS:
         raise ValueError(f"platform {name!r}: known are {sorted(PLATFORMS)}")
-    with _TARGET(PLATFORMS[name]):
+    with _TARGET(PLATFORMS[name]), _CHIP(chip):
         yield

@@ -13,6 +13,7 @@ import itertools
 
 import numpy as np
 
+from pallas_kernels import tuning
 from pallas_kernels.mask import EMPTY, FULL, PARTIAL, Mask
 
 # Bits of `Visits.what`; the pattern's number is above them.
@@ -21,11 +22,8 @@ MOST_VISITS = 96 << 10  # two 32-bit words each in scalar memory of 1 MiB
 MOST_EDGES = 16  # of a pattern: beyond, comparing costs more than the products
 MOST_PATTERNS = 64 << 20  # bytes
 _CELLS = 1 << 24  # largest block map
-_TILE = 1 << 18  # most pairs of a visit
 LEAST = 128  # queries and keys of the smallest block: the lanes of a register
 _SIZES = (LEAST, 256, 512, 1024)
-# In pairs of a visit: what a step of the grid costs, and a pattern's compare of a pair.
-_STEP, _COMPARE = 1 << 16, 0.05
 
 
 class TooLong(str):
@@ -61,12 +59,22 @@ class Walk:
         return int(seen.sum()) * self.block_q * self.block_k
 
 
-@functools.lru_cache(maxsize=256)
 def walk(mask: Mask, T: int, S: int, offset: int, heads: int) -> Walk | str:
     """The cheapest walk of a head-independent mask, or why there is none.
 
-    `heads` query heads are rows of one block.
+    `heads` query heads are rows of one block. A visit has at most `tile` pairs; a step
+    of the grid costs as much as `step` of them, comparing a pair with a pattern as
+    `compare` (`tuning`).
     """
+    sizes = tuning.of("attention_tpu")
+    return _walk(
+        mask, (T, S, offset), heads, sizes.tile, sizes.step, sizes.compare, MOST_VISITS
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _walk(mask, place, heads: int, most: int, step: int, compare: float, visits: int):
+    T, S, offset = place
     base = LEAST
     while (T // base) * (S // base) > _CELLS:
         base *= 2
@@ -78,18 +86,16 @@ def walk(mask: Mask, T: int, S: int, offset: int, heads: int) -> Walk | str:
             size > LEAST and 2 * length <= size
             for length, size in ((T, block_q), (S, block_k))
         )
-        large = tile > _TILE and block_q > LEAST
+        large = tile > most and block_q > LEAST
         if min(block_q, block_k) < base or spare or large:
             continue
         kinds = _coarse(cells, block_q // base, block_k // base)
-        visits = max(np.maximum((kinds != EMPTY).sum(a), 1).sum() for a in (0, 1))
-        if visits <= MOST_VISITS:
-            extra = (kinds == PARTIAL).sum() * tile * 2 * _COMPARE
-            choices.append((visits * (tile + _STEP) + extra, block_q, block_k))
+        count = max(np.maximum((kinds != EMPTY).sum(a), 1).sum() for a in (0, 1))
+        if count <= visits:
+            extra = (kinds == PARTIAL).sum() * tile * 2 * compare
+            choices.append((count * (tile + step) + extra, block_q, block_k))
     if not choices:
-        return TooLong(
-            f"{T} x {S} tokens under this mask need over {MOST_VISITS} visits"
-        )
+        return TooLong(f"{T} x {S} tokens under this mask need over {visits} visits")
     for _, block_q, block_k in sorted(choices):
         kinds = _coarse(cells, block_q // base, block_k // base)
         found = _build(mask, (T, S, offset), block_q, block_k, kinds)

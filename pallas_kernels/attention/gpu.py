@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.attention import blocks, vjp
 from pallas_kernels.attention.spec import Spec
 
@@ -29,8 +29,8 @@ LOG2E = math.log2(math.e)
 WIDTHS = (64, 128)
 GROUP, GROUPS = 64, 2  # rows of a warpgroup, and warpgroups that compute
 ROWS = GROUP * GROUPS
-KEYS, STAGES = 128, 2  # forward: keys of a block, blocks under way
-BACK, BACK_STAGES = 64, 2  # backward: keys, or rows, that come in
+KEYS = 128  # of a block of the forward pass
+BACK = 64  # keys, or rows, of a block of the backward passes
 _PAIRS = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _PAIRS.reduce(1), _PAIRS.reduce(0)
 _INTERPRET = jax.make_user_context(False)
@@ -462,7 +462,8 @@ def _forward_class(spec, q, k, v, sink, segments):
     kernel = Kernel(
         tiling, Order.of(walk.by_rows, tiling.tiles, False),
         tiling.tiles,
-        stay=1, come=2, size=KEYS, stages=STAGES, turned=False,
+        stay=1, come=2, size=KEYS, turned=False,
+        stages=tuning.of("attention_gpu").stages,
         segmented=bool(ids), dtype=dtype, width=H,
     )  # fmt: skip
 
@@ -551,7 +552,8 @@ def _queries(spec, q, k, *rest):
     kernel = Kernel(
         tiling, Order.of(walk.by_rows, tiling.tiles, False),
         tiling.tiles,
-        stay=2, come=2, size=BACK, stages=BACK_STAGES, turned=False,
+        stay=2, come=2, size=BACK, turned=False,
+        stages=tuning.of("attention_gpu").back_stages,
         segmented=bool(ids), dtype=q.dtype, width=H,
     )  # fmt: skip
 
@@ -603,7 +605,8 @@ def _keys(spec, q, k, *rest):
     kernel = Kernel(
         tiling, Order.of(walk.by_columns, tiling.key_blocks, True),
         tiling.key_blocks,
-        stay=2, come=2, size=BACK, stages=BACK_STAGES, turned=True,
+        stay=2, come=2, size=BACK, turned=True,
+        stages=tuning.of("attention_gpu").back_stages,
         segmented=bool(ids), dtype=q.dtype, width=H,
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.attention import blocks, vjp, xla
 from pallas_kernels.attention.spec import Spec
 
@@ -32,9 +32,9 @@ MOST_RUNS = (1, 2, 4, 8, 16, 32, 64)  # queries are cut in so many, one kernel e
 VMEM = 64 << 20  # bytes that a kernel may take, within every generation's memory
 RANGES = 32 << 10  # most words of segment ranges held in scalar memory
 WIDTHS = 256  # widest head
-# A part of a tile that registers hold: queries and keys. Some parts at a time hide the
-# latency of the products; one more of either and registers spill (v5e, `make kernels`).
-LANES, KEYS, AT_ONCE, AT_ONCE_BACK = 128, 128, 4, 2
+# A part of a tile that registers hold: queries and keys. Some parts at a time
+# (`tuning`: at_once, at_once_back) hide the latency of the products.
+LANES, KEYS = 128, 128
 _INTERPRET = jax.make_user_context(False)
 
 
@@ -66,7 +66,6 @@ def refuses(call: dispatch.Call) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=256)
 def _runs(spec: Spec, T: int, S: int, own: int) -> tuple[range, ...] | str:
     """The fewest equal runs of queries that each have a walk, or why there are none."""
     reason = ""
@@ -449,7 +448,7 @@ def _forward_kernel(spec, visit, q, k, v, sink, out, lse, top, total, acc):
         part = _product(v[:, keys], weights.astype(v.dtype), (1, 0))
         acc[:, rows] = acc[:, rows] * fade + part
 
-    visit.fold(step, AT_ONCE)
+    visit.fold(step, tuning.of("attention_tpu").at_once)
 
     @pl.when(visit.is_(blocks.LAST))
     def _():
@@ -541,7 +540,7 @@ def _d_q(spec, visit, q, d_out, k, v, lse, delta, d_q, acc):
         _, d_scores = _weigh(spec, hide, *own)
         acc[:, rows] += _product(k[keys], d_scores, (0, 0))
 
-    visit.fold(step, AT_ONCE_BACK)
+    visit.fold(step, tuning.of("attention_tpu").at_once_back)
 
     @pl.when(visit.is_(blocks.LAST))
     def _():
@@ -560,7 +559,7 @@ def _d_kv(spec, visit, q, d_out, k, v, lse, delta, d_k, d_v, acc_k, acc_v):
         acc_v[keys] += _product(weights, d_out[rows], (1, 0))
         acc_k[keys] += _product(d_scores, q[rows], (1, 0))
 
-    visit.fold(step, AT_ONCE_BACK)
+    visit.fold(step, tuning.of("attention_tpu").at_once_back)
 
     @pl.when(visit.is_(blocks.LAST))
     def _():

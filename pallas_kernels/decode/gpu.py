@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.attention.gpu import (
     _COLUMN,
     _INTERPRET,
@@ -29,9 +29,7 @@ from pallas_kernels.attention.gpu import (
 from pallas_kernels.decode import cached
 
 ROWS = 64  # of a warpgroup: queries times the heads of a group
-KEYS, STAGES = 64, 3  # slots of a block, blocks under way
-PROGRAMS = 264  # two for each of an H200's processors
-LEAST = 4  # blocks of a program, where there are as many
+KEYS = 64  # slots of a block
 
 
 def refuses(call: dispatch.Decode) -> str | None:
@@ -101,8 +99,8 @@ def _run(scoring, q, k, v, places, limit, index):
     B, T, N, H = q.shape
     K, slots = k.shape[1], places.shape[2]
     rows, ends = _rows(scoring, q, k.dtype)
-    most = -(-slots // KEYS)
-    splits = max(1, min(-(-most // LEAST), -(-PROGRAMS // (B * K))))
+    most, sizes = -(-slots // KEYS), tuning.of("decode_gpu")
+    splits = max(1, min(-(-most // sizes.least), -(-sizes.programs // (B * K))))
     kept = -(-(T * N // K) // 8) * 8
     arrays = [rows, ends, (limit + KEYS - 1) // KEYS, places.reshape(-1)]
     arrays += [k, v] if index is None else [k, v, index.reshape(-1)]
@@ -136,6 +134,7 @@ class _Kernel:
         # Copies of a block of keys, each of so many slots.
         self.copies = 1 if index is None else self.listed * KEYS // slots
         self.page = KEYS // self.copies
+        self.stages = tuning.of("decode_gpu").stages
 
     def run(self, outputs, arrays, dtype, width):
         """Partial outputs and their log-sum-exps."""
@@ -177,14 +176,16 @@ class _Kernel:
             pl.run_scoped(
                 scoped,
                 matrix(ROWS, width),
-                matrix(STAGES, KEYS, width),
-                matrix(STAGES, KEYS, width),
-                plgpu.SMEM((STAGES, KEYS), jnp.int32),
+                matrix(self.stages, KEYS, width),
+                matrix(self.stages, KEYS, width),
+                plgpu.SMEM((self.stages, KEYS), jnp.int32),
                 plgpu.SMEM((ROWS, width), jnp.float32, transforms=tiles(32)),
                 matrix(ROWS, KEYS) if interpret else None,
                 plgpu.Barrier(),
-                plgpu.Barrier(num_arrivals=2 * self.copies + 1, num_barriers=STAGES),
-                plgpu.Barrier(num_barriers=STAGES),
+                plgpu.Barrier(
+                    num_arrivals=2 * self.copies + 1, num_barriers=self.stages
+                ),
+                plgpu.Barrier(num_barriers=self.stages),
                 collective_axes="wg",
             )
 
@@ -214,9 +215,9 @@ class _Kernel:
         row = b * K + h if self.per_head else b
 
         def bring(n, _):
-            slot = lax.rem(n - begin, STAGES)
+            slot = lax.rem(n - begin, self.stages)
 
-            @pl.when(n - begin >= STAGES)
+            @pl.when(n - begin >= self.stages)
             def _():
                 plgpu.barrier_wait(done.at[slot])
 
@@ -236,7 +237,7 @@ class _Kernel:
             return 0
 
         lax.fori_loop(begin, end, bring, 0)
-        for slot in range(STAGES):
+        for slot in range(self.stages):
 
             @pl.when(slot < end - begin)
             def _(slot=slot):
@@ -250,7 +251,7 @@ class _Kernel:
 
         def step(n, carry):
             acc, top, total = carry
-            slot = lax.rem(n - begin, STAGES)
+            slot = lax.rem(n - begin, self.stages)
             plgpu.barrier_wait(full.at[slot])
             at = _load(place.at[slot], _COLUMN)
             if self.slots % KEYS:

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.attention.tpu import (
     _INTERPRET,
     HIDDEN,
@@ -33,9 +33,7 @@ from pallas_kernels.attention.tpu import (
 
 SUBLANES, LANES = 8, 128
 ROWS = 64  # most rows of a tile: queries times the heads of a group
-BLOCK = 2048  # most slots of a block
 RUN = 512  # slots of the pages that are copied at once
-SCORES = 16 << 10  # scores of a part of a block, 16 registers
 KEPT = 16 << 20  # most bytes of scores that wait for their denominators
 LISTED = 128 << 10  # most pages listed, words of scalar memory
 _CENTRE = 128.0
@@ -108,7 +106,7 @@ def _groups(x) -> int:
 def _part(k, v, rows: int) -> int:
     """Slots whose scores are held at once, a power of 2."""
     groups = max(map(_groups, (k, v)))
-    most = SCORES // (rows * groups)
+    most = tuning.of("decode_tpu").scores // (rows * groups)
     if jnp.float32 in (jnp.dtype(x.dtype) for x in (k, v)):  # exact products are larger
         many = max(LANES, k.shape[3], v.shape[3]) // LANES * min(groups, 2)
         most = min(most // 2, RUN // (2 * many))
@@ -344,8 +342,9 @@ class _Call:
     def over_slots(self, k_pos, length):
         """Attention over the slots before `length`."""
         (B, K, C), Kp = self.k.shape[:3], k_pos.shape[1]
-        part = min(self.part, BLOCK, _padded(C, LANES))
-        block = min(_padded(C, part), max(part, BLOCK))
+        most = tuning.of("decode_tpu").block
+        part = min(self.part, most, _padded(C, LANES))
+        block = min(_padded(C, part), max(part, most))
         count = -(-C // block)
         limit = jnp.broadcast_to(jnp.asarray(C if length is None else length), (B,))
         used = jnp.clip((limit + block - 1) // block, 1, count).astype(jnp.int32)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 
 # By name: the module, and how its kernel is interpreted on a CPU (None: not at all).
 KERNELS = {
@@ -45,7 +45,8 @@ def kernel(
     else:
         reason = found.supports(x_shape, states, dtype)
     if reason is None:
-        return functools.partial(found.scan, interpreted)
+        sizes = tuning.of(f"scan_{module}")
+        return functools.partial(found.scan, interpreted, sizes)
     if implementation is not None:
         raise ValueError(
             f"implementation={implementation!r} cannot run this scan: {reason}; "

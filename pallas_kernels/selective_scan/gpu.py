@@ -21,10 +21,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import tuning
+
 CHANNELS = 64  # of one warpgroup
 STATES = (8, 16, 32, 64)
-UNROLLED = 4  # tokens of one loop body
-BLOCK = 32  # tokens of a block, fewer where their states would not fit
 _FORGET = 1e30  # a step this long leaves nothing of a state
 _TINY = 1e-37  # stands for a step of 0 where its sign must be kept
 _LOG2 = math.log2(math.e)
@@ -47,27 +47,30 @@ def supports(x_shape: tuple[int, ...], states: int, dtype: Any) -> str | None:
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scan(interpret, x, dt, a, b, c, state, keep):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def scan(interpret, sizes, x, dt, a, b, c, state, keep):
     """y [B, T, C] and the state [B, N, C] behind the last token.
 
     `x`, `dt` >= 0 [B, T, C]; `a` < 0 [N, C]; `b`, `c` [B, T, N]; `keep` [B, T] is 0
     where the state before a token is forgotten, 1 elsewhere. All float32.
-    Differentiable in all but `keep`; the same inputs give the same bits.
+    `sizes` are `tuning`'s. Differentiable in all but `keep`; the same inputs give the
+    same bits.
     """
-    y, end, _ = _run_forward(interpret, x, dt, a, b, c, state, keep, saves=False)
+    y, end, _ = _run_forward(interpret, sizes, x, dt, a, b, c, state, keep, saves=False)
     return y, end
 
 
-def _saving(interpret, x, dt, a, b, c, state, keep):
-    y, end, starts = _run_forward(interpret, x, dt, a, b, c, state, keep, saves=True)
+def _saving(interpret, sizes, x, dt, a, b, c, state, keep):
+    y, end, starts = _run_forward(
+        interpret, sizes, x, dt, a, b, c, state, keep, saves=True
+    )
     y = checkpoint_name(y, "scan_out")
     starts = checkpoint_name(starts, "scan_states")
     return (y, end), (x, dt, a, b, c, keep, starts)
 
 
-def _gradients(interpret, saved, cotangents):
-    return (*_run_backward(interpret, *saved, *cotangents), None)
+def _gradients(interpret, sizes, saved, cotangents):
+    return (*_run_backward(interpret, sizes, *saved, *cotangents), None)
 
 
 scan.defvjp(_saving, _gradients)
@@ -76,9 +79,9 @@ scan.defvjp(_saving, _gradients)
 # What both passes share.
 
 
-def _block(states: int) -> int:
+def _block(states: int, most: int) -> int:
     """Tokens of a block: their states fit into shared memory."""
-    return min(BLOCK, 512 // states)
+    return min(most, 512 // states)
 
 
 def _arrays(x, dt, a, b, c, keep, block: int):
@@ -147,13 +150,14 @@ def _kernel(body, interpret, B: int, C: int, out_type, scratch_types):
 
 def _walk(count: int, step, carry):
     """`step(t, carry)` for t = 0, ..., count - 1, some tokens in one loop body."""
+    together = tuning.of("scan_gpu").unrolled
 
     def some(i, carry):
-        for t in range(UNROLLED):
-            carry = step(i * UNROLLED + t, carry)
+        for t in range(together):
+            carry = step(i * together + t, carry)
         return carry
 
-    return lax.fori_loop(0, count // UNROLLED, some, carry)
+    return lax.fori_loop(0, count // together, some, carry)
 
 
 def _place():
@@ -172,9 +176,9 @@ def _specs(row, part, block: int, N: int, at):
 # Forward.
 
 
-def _run_forward(interpret, x, dt, a, b, c, state, keep, *, saves: bool):
+def _run_forward(interpret, sizes, x, dt, a, b, c, state, keep, *, saves: bool):
     (B, T, C), N = x.shape, a.shape[0]
-    block = _block(N)
+    block = _block(N, sizes.block)
     arrays = _arrays(x, dt, a, b, c, keep, block)
     count = arrays[0].shape[1] // block
     like = jax.ShapeDtypeStruct
@@ -226,9 +230,9 @@ def _forward(block, saves, x, dt, a, b, c, first, y, end, *rest):
 # Backward.
 
 
-def _run_backward(interpret, x, dt, a, b, c, keep, starts, dy, dend):
+def _run_backward(interpret, sizes, x, dt, a, b, c, keep, starts, dy, dend):
     (B, T, C), N = x.shape, a.shape[0]
-    block, parts = _block(N), C // CHANNELS
+    block, parts = _block(N, sizes.block), C // CHANNELS
     arrays = _arrays(x, dt, a, b, c, keep, block)
     tokens = arrays[0].shape[1]
     dy = jnp.pad(dy, ((0, 0), (0, tokens - T), (0, 0)))

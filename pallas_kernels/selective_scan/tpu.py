@@ -19,9 +19,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tuning
+
 ROWS, LANES = 8, 128
 CHANNELS = ROWS * LANES  # of one program
-FORWARD, BACKWARD = 128, 64  # tokens of a block
 STATES = (8, 16, 32)
 _FORGET = 1e30  # a step this long leaves nothing of a state: exp(-1e30 |A|) = 0
 
@@ -37,31 +38,31 @@ def supports(x_shape: tuple[int, ...], states: int, dtype: Any) -> str | None:
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scan(interpret, x, dt, a, b, c, state, keep):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def scan(interpret, sizes, x, dt, a, b, c, state, keep):
     """y [B, T, C] and the state [B, N, C] behind the last token.
 
     `x`, `dt` >= 0 [B, T, C]; `a` < 0 [N, C]; `b`, `c` [B, T, N]; `keep` [B, T] is 0
     where the state before a token is forgotten, 1 elsewhere. All float32.
-    Differentiable in all but `keep`; the same inputs give the same bits.
+    `sizes` are `tuning`'s. Differentiable in all but `keep`; the same inputs give the
+    same bits.
     """
-    y, end, _ = _run_forward(interpret, x, dt, a, b, c, state, keep, FORWARD, False)
+    y, end, _ = _run_forward(interpret, sizes, x, dt, a, b, c, state, keep, saves=False)
     return y, end
 
 
-def _saving(interpret, x, dt, a, b, c, state, keep):
-    y, end, starts = _run_forward(
-        interpret, x, dt, a, b, c, state, keep, BACKWARD, True
-    )
+def _saving(interpret, sizes, x, dt, a, b, c, state, keep):
+    found = _run_forward(interpret, sizes, x, dt, a, b, c, state, keep, saves=True)
+    y, end, starts = found
     y = checkpoint_name(y, "scan_out")
     starts = checkpoint_name(starts, "scan_states")
     return (y, end), (x, dt, a, b, c, keep, starts)
 
 
-def _gradients(interpret, saved, cotangents):
+def _gradients(interpret, sizes, saved, cotangents):
     x, dt, a, b, c, keep, starts = saved
     dy, dend = cotangents
-    found = _run_backward(interpret, x, dt, a, b, c, keep, starts, dy, dend)
+    found = _run_backward(interpret, sizes, x, dt, a, b, c, keep, starts, dy, dend)
     return (*found, None)
 
 
@@ -125,26 +126,24 @@ _PARAMS = pltpu.CompilerParams(
 )
 
 
-UNROLLED = 8  # v5e: 51 bundles a token forward with 2, 47 with 4, 43 with 8
-
-
 def _walk(count: int, step, carry):
     """`step(t, carry)` for t = 0, ..., count - 1, some tokens in one loop body."""
+    together = tuning.of("scan_tpu").unrolled
 
     def some(i, carry):
-        for t in range(UNROLLED):
-            carry = step(i * UNROLLED + t, carry)
+        for t in range(together):
+            carry = step(i * together + t, carry)
         return carry
 
-    return lax.fori_loop(0, count // UNROLLED, some, carry)
+    return lax.fori_loop(0, count // together, some, carry)
 
 
 # Forward.
 
 
-def _run_forward(interpret, x, dt, a, b, c, state, keep, most: int, saves: bool):
+def _run_forward(interpret, sizes, x, dt, a, b, c, state, keep, *, saves: bool):
     (B, T, C), N = x.shape, a.shape[0]
-    block = _block(T, most)
+    block = _block(T, sizes.backward if saves else sizes.forward)
     arrays = _arrays(x, dt, a, b, c, keep, block)
     count, rows = arrays[0].shape[1] // block, C // LANES
     tokens, decay, small, flags = _specs(block, N, lambda j: j)
@@ -208,9 +207,9 @@ def _forward(N, block, x, dt, a, b, c, keep, first, y, end, *rest):
 # Backward.
 
 
-def _run_backward(interpret, x, dt, a, b, c, keep, starts, dy, dend):
+def _run_backward(interpret, sizes, x, dt, a, b, c, keep, starts, dy, dend):
     (B, T, C), N = x.shape, a.shape[0]
-    block = _block(T, BACKWARD)
+    block = _block(T, sizes.backward)
     arrays = _arrays(x, dt, a, b, c, keep, block)
     count, rows = arrays[0].shape[1] // block, C // LANES
     parts = rows // ROWS

@@ -95,7 +95,7 @@ def compile_case(chip: str, name: str) -> None:
     make = scan_case if name == SCAN else attention_case
     make = decode_case if name in DECODE else make
     run, args = make(f"mosaic_{which}", name, array)
-    with dispatch.target(which):
+    with dispatch.target(which, chip):
         lowered = jax.jit(run).lower(*args)
     memory = lowered.compile().memory_analysis()
     print(json.dumps({"temporary": memory.temp_size_in_bytes}))

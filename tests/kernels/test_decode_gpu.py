@@ -4,12 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.attention.gpu import interpreted
 from pallas_kernels.decode import (
     attention_and_sums,
     cached_attention,
-    gpu,
     paged_attention,
 )
 from tests.kernels import caches
@@ -19,9 +18,9 @@ N, H = 4, 64
 
 
 @pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    monkeypatch.setattr(gpu, "PROGRAMS", 8)
-    monkeypatch.setattr(gpu, "LEAST", 2)
+def few_programs():
+    with tuning.using("decode_gpu", programs=8, least=2):
+        yield
 
 
 def wide(**options):

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from lclm.ops import codes
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.attention.tpu import interpreted
 from pallas_kernels.decode import (
     Selection,
@@ -31,8 +31,9 @@ RACES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
-    monkeypatch.setattr(tpu, "BLOCK", 256)
     monkeypatch.setattr(tpu, "RUN", 32)
+    with tuning.using("decode_tpu", block=256):
+        yield
 
 
 def same(call, *args, how=True, **options):
@@ -123,11 +124,11 @@ def test_every_size_gives_xlas_values(T, C):
 
 
 @pytest.mark.slow
-def test_large_groups_give_xlas_values(monkeypatch):
-    monkeypatch.setattr(tpu, "BLOCK", 2048)
+def test_large_groups_give_xlas_values():
     args, fill = case(T=7, C=2100, N=10, H=16)
     beside = jnp.zeros((B, 10, 7), jnp.float32)
-    same(attention_and_sums, *args, beside, length=fill)
+    with tuning.using("decode_tpu", block=2048):
+        same(attention_and_sums, *args, beside, length=fill)
 
 
 @pytest.mark.slow

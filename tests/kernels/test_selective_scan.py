@@ -7,7 +7,7 @@ import pytest
 
 from lclm.errors import LclmError
 from lclm.ops.scan import selective_scan
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.selective_scan import BEST, gpu, kernel, tpu
 
 B, T, N = 2, 29, 8
@@ -19,12 +19,12 @@ POSITIONS = np.stack(
 
 
 @pytest.fixture
-def short_blocks(monkeypatch):
-    monkeypatch.setattr(tpu, "FORWARD", 16)
-    monkeypatch.setattr(tpu, "BACKWARD", 8)
-    monkeypatch.setattr(tpu, "UNROLLED", 1)  # what is left of the time to compile
-    monkeypatch.setattr(gpu, "BLOCK", 8)
-    monkeypatch.setattr(gpu, "UNROLLED", 2)
+def short_blocks():
+    with (
+        tuning.using("scan_tpu", forward=16, backward=8, unrolled=1),
+        tuning.using("scan_gpu", block=8, unrolled=2),
+    ):
+        yield
 
 
 def inputs(C):
