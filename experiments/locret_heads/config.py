@@ -8,7 +8,7 @@ Passkeys and needles in contexts of `length` tokens that are read, and compresse
 before the question is known. A seed is a draw of five keys and of their depths, one in
 each fifth of the context; of needles a draw of five facts. Every evicting cache is
 bounded throughout (at=chunk, 512 tokens a call); StreamingLLM gets the bytes of the
-scores as more tokens. About 20 minutes of 2 cores. With perplexity=True also the loss
+scores as more tokens. About 15 minutes of 2 cores. With perplexity=True also the loss
 on three pieces of Persuasion, which the heads' training did not see; beside=False
 leaves out StreamingLLM and the full cache. A finished measurement is kept when the run
 is interrupted.
@@ -20,7 +20,7 @@ PAPER = "arXiv 2410.01805"
 
 
 def get_config(
-    length=1024, budget=256, trials=5, perplexity=False, beside=True, heads=""
+    length=1024, budget=256, trials=3, perplexity=False, beside=True, heads=""
 ):
     """`heads`: a file of retaining heads instead of those that come with lclm."""
     own = f",heads={heads}" if heads else ""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import kernels_tune
 from pallas_kernels import dispatch, tuning
 from pallas_kernels import mask as M
 from pallas_kernels.attention import attention
@@ -71,3 +72,20 @@ def test_an_unknown_size_is_named(ask):
     with pytest.raises(ValueError, match=f"{kernel!r}: it has .*kernels are"):
         with tuning.using(kernel, **sizes):
             pass
+
+
+def test_tuning_goes_on_from_the_best_size_so_far():
+    times = {(1, 1): 1.0, (2, 1): 0.5, (2, 2): 0.495, (2, 4): 0.4, (4, 1): float("inf")}
+    choices, start = {"a": (1, 2, 4), "b": (1, 2, 4)}, {"a": 1, "b": 1}
+    best, least = kernels_tune.descend(
+        choices, start, lambda sizes: times[sizes["a"], sizes["b"]]
+    )
+    assert (best, least) == ({"a": 2, "b": 4}, 0.4)
+
+
+def test_what_is_tuned_is_in_the_tables_and_its_cases_are_measured():
+    defaults = tuning.table(None)
+    for kernel, (name, choices) in kernels_tune.CHOICES.items():
+        assert choices.keys() <= defaults[kernel].keys()
+        assert all(defaults[kernel][size] in values for size, values in choices.items())
+        assert kernels_tune.case(name).name == name
