@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuning
+from pallas_kernels.selective_scan import shared
 
 CHANNELS = 64  # of one warpgroup
 STATES = (8, 16, 32, 64)
@@ -34,46 +34,12 @@ _CHANNEL, _STATE = _BY_STATE.reduce(1), _BY_STATE.reduce(0)
 
 def supports(x_shape: tuple[int, ...], states: int, dtype: Any) -> str | None:
     """Why a scan over `x` [B, T, C] with `states` states is refused, or None."""
-    if x_shape[2] % CHANNELS:
-        return f"{x_shape[2]} channels are no multiple of {CHANNELS}"
-    if states not in STATES:
-        return f"{states} states are none of {STATES}"
-    if jnp.dtype(dtype) != jnp.float32:
-        return f"dtype {jnp.dtype(dtype)} is not float32"
-    if jax.default_backend() == "gpu":
+    reason = shared.refuses(x_shape, states, dtype, CHANNELS, STATES)
+    if reason is None and jax.default_backend() == "gpu":
         found = getattr(jax.devices()[0], "compute_capability", "0")
         if float(found) < 9:
-            return f"compute capability {found} is below 9.0"
-    return None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def scan(interpret, sizes, x, dt, a, b, c, state, keep):
-    """y [B, T, C] and the state [B, N, C] behind the last token.
-
-    `x`, `dt` >= 0 [B, T, C]; `a` < 0 [N, C]; `b`, `c` [B, T, N]; `keep` [B, T] is 0
-    where the state before a token is forgotten, 1 elsewhere. All float32.
-    `sizes` are `tuning`'s. Differentiable in all but `keep`; the same inputs give the
-    same bits.
-    """
-    y, end, _ = _run_forward(interpret, sizes, x, dt, a, b, c, state, keep, saves=False)
-    return y, end
-
-
-def _saving(interpret, sizes, x, dt, a, b, c, state, keep):
-    y, end, starts = _run_forward(
-        interpret, sizes, x, dt, a, b, c, state, keep, saves=True
-    )
-    y = checkpoint_name(y, "scan_out")
-    starts = checkpoint_name(starts, "scan_states")
-    return (y, end), (x, dt, a, b, c, keep, starts)
-
-
-def _gradients(interpret, sizes, saved, cotangents):
-    return (*_run_backward(interpret, sizes, *saved, *cotangents), None)
-
-
-scan.defvjp(_saving, _gradients)
+            reason = f"compute capability {found} is below 9.0"
+    return reason
 
 
 # What both passes share.
@@ -149,15 +115,7 @@ def _kernel(body, interpret, B: int, C: int, out_type, scratch_types):
 
 
 def _walk(count: int, step, carry):
-    """`step(t, carry)` for t = 0, ..., count - 1, some tokens in one loop body."""
-    together = tuning.of("scan_gpu").unrolled
-
-    def some(i, carry):
-        for t in range(together):
-            carry = step(i * together + t, carry)
-        return carry
-
-    return lax.fori_loop(0, count // together, some, carry)
+    return shared.walk(count, step, carry, together=tuning.of("scan_gpu").unrolled)
 
 
 def _place():
@@ -311,3 +269,6 @@ def _backward(
         init_carry=(later, none),
     )(x, dt, b, c, dy)
     plgpu.wait_smem_to_gmem(0)
+
+
+scan = shared.operation(_run_forward, _run_backward)

@@ -14,12 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tuning
+from pallas_kernels.selective_scan import shared
 
 ROWS, LANES = 8, 128
 CHANNELS = ROWS * LANES  # of one program
@@ -29,44 +28,7 @@ _FORGET = 1e30  # a step this long leaves nothing of a state: exp(-1e30 |A|) = 0
 
 def supports(x_shape: tuple[int, ...], states: int, dtype: Any) -> str | None:
     """Why a scan over `x` [B, T, C] with `states` states is refused, or None."""
-    if x_shape[2] % CHANNELS:
-        return f"{x_shape[2]} channels are no multiple of {CHANNELS}"
-    if states not in STATES:
-        return f"{states} states are none of {STATES}"
-    if jnp.dtype(dtype) != jnp.float32:
-        return f"dtype {jnp.dtype(dtype)} is not float32"
-    return None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def scan(interpret, sizes, x, dt, a, b, c, state, keep):
-    """y [B, T, C] and the state [B, N, C] behind the last token.
-
-    `x`, `dt` >= 0 [B, T, C]; `a` < 0 [N, C]; `b`, `c` [B, T, N]; `keep` [B, T] is 0
-    where the state before a token is forgotten, 1 elsewhere. All float32.
-    `sizes` are `tuning`'s. Differentiable in all but `keep`; the same inputs give the
-    same bits.
-    """
-    y, end, _ = _run_forward(interpret, sizes, x, dt, a, b, c, state, keep, saves=False)
-    return y, end
-
-
-def _saving(interpret, sizes, x, dt, a, b, c, state, keep):
-    found = _run_forward(interpret, sizes, x, dt, a, b, c, state, keep, saves=True)
-    y, end, starts = found
-    y = checkpoint_name(y, "scan_out")
-    starts = checkpoint_name(starts, "scan_states")
-    return (y, end), (x, dt, a, b, c, keep, starts)
-
-
-def _gradients(interpret, sizes, saved, cotangents):
-    x, dt, a, b, c, keep, starts = saved
-    dy, dend = cotangents
-    found = _run_backward(interpret, sizes, x, dt, a, b, c, keep, starts, dy, dend)
-    return (*found, None)
-
-
-scan.defvjp(_saving, _gradients)
+    return shared.refuses(x_shape, states, dtype, CHANNELS, STATES)
 
 
 # Arrays as the kernels take them.
@@ -127,15 +89,7 @@ _PARAMS = pltpu.CompilerParams(
 
 
 def _walk(count: int, step, carry):
-    """`step(t, carry)` for t = 0, ..., count - 1, some tokens in one loop body."""
-    together = tuning.of("scan_tpu").unrolled
-
-    def some(i, carry):
-        for t in range(together):
-            carry = step(i * together + t, carry)
-        return carry
-
-    return lax.fori_loop(0, count // together, some, carry)
+    return shared.walk(count, step, carry, together=tuning.of("scan_tpu").unrolled)
 
 
 # Forward.
@@ -305,3 +259,6 @@ def _backward(
     @pl.when(j == pl.num_programs(2) - 1)
     def _():
         dstate[0] = held[...]
+
+
+scan = shared.operation(_run_forward, _run_backward)
