@@ -2,12 +2,11 @@
 
     python -m experiments.scores runs/locret-1024 experiments/locret_heads
 
-Reads `metrics.jsonl` of a finished `lclm run` that asks passkeys or needles, writes
+Reads the records of a finished `lclm run` that asks passkeys or needles, writes
 `figure.png` and `scores.csv` (task, cache, seed, mean score of the seed's questions,
 questions, bytes held), and copies `claims.csv` to `results.csv` beside them.
 """
 
-import json
 import shutil
 import sys
 from collections import defaultdict
@@ -16,6 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lclm.cli.finished import read_run
 from lclm.data.fetch import write_atomic
 from lclm.evals.base import to_csv
 
@@ -23,11 +23,10 @@ TASKS = ("passkey", "needle")
 Rows = list[tuple[str, str, int, float, int, int]]
 
 
-def scores(path: Path) -> Rows:
+def scores(folder: Path) -> Rows:
     """(task, cache, seed, mean score, questions, bytes), in the order of the run."""
     found: dict[tuple[str, str, int], list[dict]] = defaultdict(list)
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in (r for stage in read_run(folder).stages for r in stage.named()):
         if record["task"] in TASKS:
             found[record["task"], record["cache"], record["seed"]].append(record)
     return [
@@ -48,7 +47,7 @@ def draw(rows: Rows, title: str) -> Figure:
         mine = [row[1:] for row in rows if row[0] == task]
         for at, cache in enumerate(caches):
             line(axes, at, [row[1:] for row in mine if row[0] == cache])
-        axes.set(xlim=(0, 1.25), title=f"{title}: {task}s")
+        axes.set(xlim=(0, 1.25), title=f"{title}: {task}s", xticks=[0, 0.5, 1])
         axes.set_xlabel("found (bar: mean; points: seeds)")
     panels[0].set_yticks(range(len(caches)), caches, fontsize=8)
     panels[0].invert_yaxis()
@@ -67,7 +66,7 @@ def line(axes: Any, at: int, rows: list[tuple[int, float, int, int]]) -> None:
 def main(run: str, folder: str) -> None:
     """Write `figure.png`, `scores.csv` and `results.csv` of a run into `folder`."""
     source, target = Path(run), Path(folder)
-    rows = scores(source / "metrics.jsonl")
+    rows = scores(source)
     columns = ("task", "cache", "seed", "score", "questions", "bytes")
     told = [(*key, f"{m:.4f}", n, size) for *key, m, n, size in rows]
     write_atomic(target / "scores.csv", to_csv(columns, told))
