@@ -63,7 +63,7 @@ def test_queries_are_cut_where_one_walk_is_too_long():
 
 @pytest.mark.slow
 def test_cut_queries_have_the_values_and_gradients_of_the_whole(monkeypatch):
-    monkeypatch.setattr(blocks, "MOST_VISITS", 3)
+    monkeypatch.setattr(blocks, "MOST_VISITS", 8)
     assert len(tpu._runs(Spec(M.causal(), 0.25), 1100, 1100, 2)) == 2
     ids = jnp.asarray(np.arange(1100) // 700)[None]
     simulated.agree(M.causal(), 1100, 1100, B=1, N=2, K=1, ids=(ids, ids), sink=True)
