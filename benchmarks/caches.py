@@ -11,13 +11,14 @@ at=chunk (bounded throughout), kvpress with the same settings. Tasks: passkeys, 
 and five facts of one text, asked after the cut, so no cut knows its question. Speed:
 tokens read and written a second, and the highest resident size over that of a prompt of
 budget + chunk tokens. Same weights, interleaved, float32; --only names other sides,
-`lclm int8` and `kvpress bf16`. Memory (lclm alone): the highest resident size of a
-process that reads `length` tokens with at=chunk, over that when it had read budget +
-chunk, as a share of the budget's cache; a process a policy, from when its weights are
-loaded. That peak may be the compiler's: `share_reading` takes both texts when all is
-compiled, each from a heap whose free pages were given back. It has the allocator's
-noise in it, of a few calls' working memory. What was measured with the same settings is
-not measured again.
+`lclm int8` and `kvpress bf16`; --model takes another model of `lclm pull` or a GGUF file
+of yours (Gemma 3). Memory (lclm alone): the highest resident size of a process that
+reads `length` tokens with at=chunk, over that when it had read budget + chunk, as a
+share of the budget's cache; a process a policy, from when its weights are loaded. That
+peak may be the compiler's: `share_reading` takes both texts when all is compiled, each
+from a heap whose free pages were given back. It has the allocator's noise in it, of a
+few calls' working memory. What was measured with the same settings is not measured
+again.
 Writes benchmarks/results/caches_{quality,tasks,speed,memory}.json.
 """
 
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare import Worker, cpu_model
+from lclm.evals.base import Tokenizer
 
 HERE = Path(__file__).parent
 CHUNK = 512
@@ -111,12 +113,12 @@ def libraries(peer_python: Path | None) -> dict[str, tuple[list[str], dict]]:
     return found
 
 
-def passages(length: int, after: int, count: int) -> list[tuple[list[int], list[int]]]:
+def passages(
+    tokenizer: Tokenizer, length: int, after: int, count: int
+) -> list[tuple[list[int], list[int]]]:
     """Tokens of a novel the model is not trained further on, and those behind them."""
-    from lclm import hub
     from lclm.data import sources
 
-    tokenizer = hub.load("smollm2-135m", packed="int4").tokenizer
     tokens = tokenizer.encode(sources.read("austen:novel=persuasion"))
     step = len(tokens) // count
     starts = [i * step for i in range(count)]
@@ -154,7 +156,7 @@ def quality(
     workers: dict[str, Worker], args: argparse.Namespace, table: "Table"
 ) -> None:
     """Mean loss behind a cut passage, by method, budget and mode."""
-    texts = passages(args.length, args.after, args.texts)
+    texts = passages(args.tokenizer, args.length, args.after, args.texts)
     for known, ask in every_way(args, OURS):
         if known["library"] not in workers or table.holds(known):
             continue
@@ -168,9 +170,8 @@ def quality(
 def tasks(workers: dict[str, Worker], args: argparse.Namespace, table: "Table") -> None:
     """Answers found in cut texts, by method, budget and mode."""
     from benchmarks.cache_tasks import contexts
-    from lclm import hub
 
-    tokenizer = hub.load("smollm2-135m", packed="int4").tokenizer
+    tokenizer = args.tokenizer
     asked = contexts(tokenizer, args.length)
     for known, ask in every_way(args, ASKED):
         if known["library"] not in workers or table.holds(known):
@@ -203,7 +204,7 @@ def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 def speed(workers: dict[str, Worker], args: argparse.Namespace, table: "Table") -> None:
     """Seconds to read `length` tokens and to write `new`; the peak above a floor."""
-    (tokens, _), *_ = passages(args.length, 1, 1)
+    (tokens, _), *_ = passages(args.tokenizer, args.length, 1, 1)
     for name, budget in itertools.product(args.methods or SAME, args.budget):
         known = {"method": name, "budget": budget}
         if all(table.holds(known | {"library": library}) for library in workers):
@@ -287,6 +288,7 @@ def main() -> None:
     flags.add_argument("--speed", action="store_true")
     flags.add_argument("--memory", action="store_true")
     flags.add_argument("--tasks", action="store_true")
+    flags.add_argument("--model", type=Path, default=Path("smollm2-135m"))
     flags.add_argument("--length", type=int)
     flags.add_argument("--chunk", type=int, default=CHUNK, help="of --memory")
     flags.add_argument("--after", type=int, default=256)
@@ -300,7 +302,7 @@ def main() -> None:
     args = flags.parse_args()
     from lclm import hub
 
-    model = hub.pull("smollm2-135m")
+    model = args.model if args.model.suffix == ".gguf" else hub.pull(str(args.model))
     kinds = [kind for kind in ("memory", "speed", "tasks") if getattr(args, kind)]
     kind = kinds[0] if kinds else "quality"
     length, budgets, names = SIZES[kind]
@@ -312,6 +314,7 @@ def main() -> None:
     if args.memory:
         memory(args, model, table)
         return
+    args.tokenizer = hub.load(str(model), packed="int4").tokenizer
     room = {"gguf": str(model), "threads": args.threads}
     workers = {
         name: Worker(name, line, room | settings)
