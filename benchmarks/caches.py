@@ -11,13 +11,13 @@ at=chunk (bounded throughout), kvpress with the same settings. Tasks: passkeys, 
 and five facts of one text, asked after the cut, so no cut knows its question. Speed:
 tokens read and written a second, and the highest resident size over that of a prompt of
 budget + chunk tokens. Same weights, interleaved, float32; --only names other sides,
-`lclm int8` and `kvpress bf16`; --model takes another model of `lclm pull` or a GGUF file
-of yours (Gemma 3). Memory (lclm alone): the highest resident size of a process that
-reads `length` tokens with at=chunk, over that when it had read budget + chunk, as a
-share of the budget's cache; a process a policy, from when its weights are loaded. That
-peak may be the compiler's: `share_reading` takes both texts when all is compiled, each
-from a heap whose free pages were given back. It has the allocator's noise in it, of a
-few calls' working memory. What was measured with the same settings is not measured
+`lclm int8` and `kvpress bf16`; --model takes another model of `lclm pull` or a GGUF
+file of yours (Gemma 3). Memory (lclm alone): the highest resident size of a process
+that reads `length` tokens with at=chunk, over that when it had read budget + chunk, as
+a share of the budget's cache; a process a policy, from when its weights are loaded.
+That peak may be the compiler's: `share_reading` takes both texts when all is compiled,
+each from a heap whose free pages were given back. It has the allocator's noise in it,
+of a few calls' working memory. What was measured with the same settings is not measured
 again.
 Writes benchmarks/results/caches_{quality,tasks,speed,memory}.json.
 """
