@@ -167,7 +167,9 @@ def draw(rows: list[tuple[str, int, int, float]], path: Path) -> None:
         axes.fill_between(DISTANCES, low, high, color=line.get_color(), alpha=0.15)
     axes.axhline(1 / VALUES, color="0.5", linestyle=":", label="chance")
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="segments between fact and question", ylabel="recall", ylim=(0, 1.05))
+    axes.set(
+        xlabel="segments between fact and question", ylabel="recall", ylim=(0, 1.05)
+    )
     axes.legend()
     figure.savefig(path, dpi=110)
 

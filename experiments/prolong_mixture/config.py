@@ -10,13 +10,12 @@ which is in none of them. README.md has what came out.
 import ml_collections
 
 FILE = "experiments/prolong_mixture/train.py:"
-BASE = "runs/prolong_mixture/models/base-{}/model"
+BASE = "{{models}}/base-{}/model"  # a model of this job
 MIXES = ("short", "books", "repos", "both")
 READING = "Reading 1,024 bytes of a text of another kind"
 
 
 def get_config(seeds=3, length=1024, documents=4):
-    """The models' folders are those of the default workdir, runs/prolong_mixture."""
     config = ml_collections.ConfigDict()
     config.name = "prolong_mixture"
     config.title = "Mixtures of long and short texts"

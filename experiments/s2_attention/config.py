@@ -12,7 +12,7 @@ README.md has what came out.
 import ml_collections
 
 FILE = "experiments/s2_attention/train.py:"
-BASE = "runs/s2_attention/models/base-{}/model"
+BASE = "{{models}}/base-{}/model"  # a model of this job
 ARMS = {
     "all, full": "how=all",
     "all, S2 half": "how=all,pattern=shifted_groups:ratio=0.5",
@@ -28,7 +28,6 @@ EQUAL = 0.02
 
 
 def get_config(seeds=3, length=1024, documents=4):
-    """The models' folders are those of the default workdir, runs/s2_attention."""
     config = ml_collections.ConfigDict()
     config.name = "s2_attention"
     config.title = "Shifted groups and what is trained beside the adapters"

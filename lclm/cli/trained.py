@@ -16,6 +16,7 @@ from lclm.errors import LclmError
 from lclm.evals.base import Panel, Summary
 from lclm.evals.figures import Chart, smooth
 
+MODELS = "{models}"  # the folder of the models that a job trains
 COLUMNS = ("model", "steps", "tokens", "loss", "held-out loss", "tokens/s", "seconds")
 
 
@@ -68,12 +69,17 @@ def train(spec: str, folder: Path, console: Console) -> Path:
 def train_all(
     models: Mapping[str, Any], folder: Path, console: Console
 ) -> tuple[dict[str, Any], list[Section]]:
-    """The models with what was trained as their source, and how training went."""
+    """The models with what was trained as their source, and how training went.
+
+    `{models}` in a training config's settings is `folder`, so that a model may start
+    from another of its job: `train.py:start={models}/base/model`.
+    """
     found, folders = {}, {}
     for name, choice in models.items():
         if choice.train:
             folders[name] = folder / folder_name(name)
-            made = train(choice.train, folders[name], console)
+            spec = choice.train.replace(MODELS, str(folder))
+            made = train(spec, folders[name], console)
             choice = dataclasses.replace(choice, source=str(made))
         found[name] = choice
     return found, [_section(folders)] if folders else []

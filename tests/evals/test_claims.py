@@ -8,9 +8,12 @@ import pytest
 from eval_doubles import Scripted
 from rich.console import Console
 
-from lclm.cli.job import read_job, to_job
+from lclm.cli import trained
+from lclm.cli.job import Choice, read_job, to_job
+from lclm.cli.page import Section
 from lclm.cli.run import run
 from lclm.errors import LclmError
+from lclm.evals.base import Panel, Summary
 from lclm.evals.claims import (
     FAILED,
     REPRODUCED,
@@ -247,6 +250,18 @@ def test_a_run_decides_its_claims_on_its_page_and_in_a_file(tmp_path, source, lm
     assert page.index("Sinks help.") < page.index("<h2>Reading")
     assert len(lines.splitlines()) == 1 + 2 * 3
     assert UNDECIDED in screen.file.getvalue()
+
+
+def test_a_model_may_start_from_another_of_its_job(monkeypatch, tmp_path):
+    asked = []
+    told = Section.of(Summary((Panel("Trained", ("model",), ()),), {}))
+    monkeypatch.setattr(trained, "_section", lambda folders: told)
+    monkeypatch.setattr(
+        trained, "train", lambda spec, *_: asked.append(spec) or tmp_path
+    )
+    models = {"a": Choice(train="configs/smoke.py:model={models}/base/model")}
+    trained.train_all(models, tmp_path, Console())
+    assert asked == [f"configs/smoke.py:model={tmp_path}/base/model"]
 
 
 TRAINED = """
