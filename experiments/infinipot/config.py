@@ -3,8 +3,8 @@
     lclm run --config=experiments/infinipot/config.py
 
 Passkeys in contexts of `length` tokens read through a pot of `budget` that keeps half
-at each distillation, before the question is known; a seed is a draw of four keys, one
-at each depth. alpha=0 keeps by the catalyst alone, alpha=1 by novelty alone. One row
+at each distillation, before the question is known; a seed is a draw of four keys and of
+their depths, one in each quarter. alpha=0 keeps by the catalyst alone, alpha=1 by novelty alone. One row
 gives the question as the catalyst (CaP-Q): that row is query-aware, all others are not.
 The loss on three pieces of Persuasion beside it (a seed is a piece).
 """
@@ -33,7 +33,7 @@ def get_config(length=1024, budget=512, trials=3):
             eval="passkey",
             title="Passkeys",
             lengths=[length],
-            depths=[0.1, 0.3, 0.5, 0.7],
+            bins=4,
             trials=trials,
             caches=caches,
             questions="hidden",

@@ -8,8 +8,9 @@ Quest's bytes (`held`) it holds all tokens of a context this short and is exact.
 are asked, each under its own claim.
 
 Passkeys in contexts of `length` tokens, read before the question is known (a seed is a
-draw of four keys, one at each depth), and the loss on three pieces of Persuasion (a
-seed is a piece). Evicting caches are bounded throughout (at=chunk, 512 tokens a call).
+draw of four keys and of their depths, one in each quarter), and the loss on three
+pieces of Persuasion (a seed is a piece). Evicting caches are bounded throughout
+(at=chunk, 512 tokens a call).
 """
 
 import ml_collections
@@ -40,7 +41,7 @@ def get_config(length=1024, budgets="64+128", trials=3, held="70MB"):
             eval="passkey",
             title="Passkeys",
             lengths=[length],
-            depths=[0.1, 0.3, 0.5, 0.7],
+            bins=4,
             trials=trials,
             caches=[*last, *(c for c in first if c not in last), alike, "full"],
             questions="hidden",
