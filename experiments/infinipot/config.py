@@ -4,9 +4,10 @@
 
 Passkeys in contexts of `length` tokens read through a pot of `budget` that keeps half
 at each distillation, before the question is known; a seed is a draw of four keys and of
-their depths, one in each quarter. alpha=0 keeps by the catalyst alone, alpha=1 by novelty alone. One row
-gives the question as the catalyst (CaP-Q): that row is query-aware, all others are not.
-The loss on three pieces of Persuasion beside it (a seed is a piece).
+their depths, one in each quarter. alpha=0 keeps by the catalyst alone, alpha=1 by
+novelty alone. One row gives the question as the catalyst (CaP-Q): that row is query-
+aware, all others are not. The loss on three pieces of Persuasion beside it (a seed is a
+piece).
 """
 
 import ml_collections
