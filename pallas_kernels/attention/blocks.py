@@ -19,9 +19,12 @@ from pallas_kernels.mask import EMPTY, FULL, PARTIAL, Mask
 # Bits of `Visits.what`; the pattern's number is above them.
 FIRST, LAST, SEEN, MASKED, SHIFT = 1, 2, 4, 8, 4
 MOST_VISITS = 96 << 10  # two 32-bit words each in scalar memory of 1 MiB
+MOST_BLOCKS = 1 << 15  # a side of a walk, for two numbers in one word
 MOST_EDGES = 16  # of a pattern: beyond, comparing costs more than the products
 MOST_PATTERNS = 64 << 20  # bytes
 _CELLS = 1 << 24  # largest block map
+_SLAB = 1 << 20  # blocks looked at at once where a map would be larger
+_QUERIES = 1 << 18  # of blocks with hidden pairs, looked at at once
 LEAST = 128  # queries and keys of the smallest block: the lanes of a register
 _SIZES = (LEAST, 256, 512, 1024)
 
@@ -32,10 +35,16 @@ class TooLong(str):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Visits:
-    """`where`: query block | key block << 16; `what`: bits | pattern << SHIFT."""
+    """Query block and key block of each; `what`: bits | pattern << SHIFT. All int32."""
 
-    where: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
     what: np.ndarray
+
+    @property
+    def where(self) -> np.ndarray:
+        """Query block | key block << 16, of walks of at most `MOST_BLOCKS` a side."""
+        return self.row | self.column << 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,7 +96,8 @@ def _walk(mask, place, heads: int, most: int, step: int, compare: float, visits:
             for length, size in ((T, block_q), (S, block_k))
         )
         large = tile > most and block_q > LEAST
-        if min(block_q, block_k) < base or spare or large:
+        many = max(-(-T // block_q), -(-S // block_k)) > MOST_BLOCKS
+        if min(block_q, block_k) < base or spare or large or many:
             continue
         kinds = _coarse(cells, block_q // base, block_k // base)
         count = max(np.maximum((kinds != EMPTY).sum(a), 1).sum() for a in (0, 1))
@@ -98,7 +108,9 @@ def _walk(mask, place, heads: int, most: int, step: int, compare: float, visits:
         return TooLong(f"{T} x {S} tokens under this mask need over {visits} visits")
     for _, block_q, block_k in sorted(choices):
         kinds = _coarse(cells, block_q // base, block_k // base)
-        found = _build(mask, (T, S, offset), block_q, block_k, kinds)
+        row, column = np.nonzero(kinds != EMPTY)
+        listed = row, column, kinds[row, column]
+        found = _build(mask, place, block_q, block_k, listed)
         if found.patterns.shape[1] <= MOST_EDGES:
             break
     edges, size = found.patterns.shape[1], found.patterns.nbytes
@@ -108,9 +120,22 @@ def _walk(mask, place, heads: int, most: int, step: int, compare: float, visits:
 
 
 def build(mask: Mask, T: int, S: int, offset: int, block_q: int, block_k: int) -> Walk:
-    """The walk with blocks of these sizes."""
-    kinds = mask.summary(T, S, block_q, block_k, offset=offset)[0]
-    return _build(mask, (T, S, offset), block_q, block_k, kinds)
+    """The walk with blocks of these sizes; its memory follows the visits."""
+    place = T, S, offset
+    return _build(mask, place, block_q, block_k, _listed(mask, place, block_q, block_k))
+
+
+def _listed(mask: Mask, place, block_q: int, block_k: int):
+    """Row, column and kind of the blocks that are not empty, some rows at a time."""
+    T, S, offset = place
+    step = max(1, _SLAB // -(-S // block_k)) * block_q
+    parts = []
+    for start in range(0, T, step):
+        size = min(step, T - start)
+        kinds = mask.summary(size, S, block_q, block_k, offset=offset + start)[0]
+        row, column = np.nonzero(kinds != EMPTY)
+        parts.append((start // block_q + row, column, kinds[row, column]))
+    return tuple(map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _coarse(kinds: np.ndarray, rows: int, columns: int) -> np.ndarray:
@@ -126,26 +151,32 @@ def _coarse(kinds: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return np.where(full, FULL, join(kinds != EMPTY, np.any, False)).astype(np.int8)
 
 
-def _build(mask: Mask, place, block_q: int, block_k: int, kinds: np.ndarray) -> Walk:
-    T, S, offset = place
+def _build(mask: Mask, place, block_q: int, block_k: int, listed) -> Walk:
+    T, S, _ = place
+    row, column, kind = listed
+    down, across = -(-T // block_q), -(-S // block_k)
     if S % block_k:
-        kinds[:, -1] = np.where(kinds[:, -1] == FULL, PARTIAL, kinds[:, -1])
-    row, column = np.nonzero(kinds == PARTIAL)
-    patterns, number = _patterns(mask, T, S, offset, block_q, block_k, row, column)
-    numbers = np.zeros(kinds.shape, np.int32)
-    numbers[row, column] = number
-    by_columns = _visits(kinds.T, numbers.T)
-    where = by_columns.where
-    turned = dataclasses.replace(by_columns, where=where >> 16 | (where & 0xFFFF) << 16)
-    return Walk(block_q, block_k, _visits(kinds, numbers), turned, patterns)
+        kind = np.where((column == across - 1) & (kind == FULL), PARTIAL, kind)
+    masked = kind == PARTIAL
+    at = row[masked], column[masked]
+    patterns, found = _patterns(mask, place, block_q, block_k, *at)
+    number = np.zeros(len(row), np.int32)
+    number[masked] = found
+    by_rows = _visits(row, column, kind, number, down)
+    turned = _visits(column, row, kind, number, across)
+    by_columns = Visits(turned.column, turned.row, turned.what)
+    return Walk(block_q, block_k, by_rows, by_columns, patterns)
 
 
-def _visits(kinds: np.ndarray, numbers: np.ndarray) -> Visits:
+def _visits(row, column, kind, number, rows: int) -> Visits:
     """Blocks that are not empty, row by row; an empty row is one visit of nothing."""
-    visited = kinds != EMPTY
-    visited[~visited.any(1), 0] = True
-    row, column = np.nonzero(visited)
-    kind, number = kinds[row, column], numbers[row, column]
+    empty = np.setdiff1d(np.arange(rows), row)
+    none = np.zeros_like(empty)
+    row, column = np.append(row, empty), np.append(column, none)
+    order = np.lexsort((column, row))
+    row, column = row[order], column[order]
+    kind = np.append(kind, np.full_like(empty, EMPTY))[order]
+    number = np.append(number, none)[order].astype(np.int32)
     turn = np.diff(row) > 0
     what = np.where(np.append(True, turn), FIRST, 0)
     what |= np.where(np.append(turn, True), LAST, 0)
@@ -153,23 +184,25 @@ def _visits(kinds: np.ndarray, numbers: np.ndarray) -> Visits:
     # A visit without a pattern names the one before it: nothing new is loaded.
     last = np.maximum.accumulate(np.where(kind == PARTIAL, np.arange(len(kind)), 0))
     what |= number[last] << SHIFT
-    return Visits((row | column << 16).astype(np.int32), what.astype(np.int32))
+    return Visits(*(x.astype(np.int32) for x in (row, column, what)))
 
 
-def _patterns(mask, T, S, offset, block_q, block_k, row, column):
+def _patterns(mask, place, block_q, block_k, row, column):
     """Distinct patterns of the given blocks, and the number of each block's."""
     if not len(row):
         return np.full((1, 2, block_q), block_k, np.int32), np.zeros(0, np.int32)
-    parts = []
-    for at in np.unique(row):
-        rows = offset + np.arange(at * block_q, min(T, (at + 1) * block_q))
-        starts = column[row == at].astype(np.int64) * block_k
-        parts.append(_edges(mask, rows, S, starts, block_k, block_q))
+    step = max(1, _QUERIES // block_q)
+    parts = [
+        _edges(
+            mask, place, block_q, block_k, row[at : at + step], column[at : at + step]
+        )
+        for at in range(0, len(row), step)
+    ]
     width = max(part.shape[2] for part in parts)
     edges = np.full((len(row), block_q, width), block_k, np.int32)
     done = 0
     for part in parts:
-        edges[done : done + len(part), : part.shape[1], : part.shape[2]] = part
+        edges[done : done + len(part), :, : part.shape[2]] = part
         done += len(part)
     flat = np.ascontiguousarray(edges.transpose(0, 2, 1)).reshape(len(edges), -1)
     keys = flat.view(np.dtype((np.void, flat.dtype.itemsize * flat.shape[1])))
@@ -178,37 +211,39 @@ def _patterns(mask, T, S, offset, block_q, block_k, row, column):
     return patterns, number.reshape(-1).astype(np.int32)
 
 
-def _edges(mask, rows, S, starts, block_k, block_q) -> np.ndarray:
-    """Edges [blocks, block_q, n] of `rows` in the key blocks that begin at `starts`."""
-    low, high = (np.sort(x, axis=1) for x in mask.intervals(rows, S))
+def _edges(mask, place, block_q, block_k, row, column) -> np.ndarray:
+    """Edges [blocks, block_q, n] of the queries of each block."""
+    T, S, offset = place
+    own, at = np.unique(row, return_inverse=True)
+    within = np.arange(block_q)
+    # Rows past the last query see what it sees, which makes few patterns.
+    queries = np.minimum(own[:, None] * block_q + within, T - 1).ravel()
+    low, high = (np.sort(x, axis=1) for x in mask.intervals(offset + queries, S))
     most = low.shape[1]
-    line = np.arange(len(rows)) * (S + 1)
-    flat_low, flat_high = ((x + line[:, None]).ravel() for x in (low, high))
+    turn = np.arange(len(queries))[:, None] * (S + 1)
+    flat_low, flat_high = ((x + turn).ravel() for x in (low, high))
+    line = (at[:, None] * block_q + within) * (S + 1)
+    starts = column.astype(np.int64)[:, None] * block_k
     # The intervals that reach into a block: from the first that ends in or after it.
-    begin = np.searchsorted(flat_high, starts[:, None] + line, side="right")
-    ends = np.minimum(starts + block_k, S + 1)[:, None]
+    begin = np.searchsorted(flat_high, starts + line, side="right")
+    ends = np.minimum(starts + block_k, S + 1)
     count = np.searchsorted(flat_low, ends + line, side="left") - begin
     width = max(1, int(count.max()))
     index = begin[..., None] + np.arange(width)
     inside = np.arange(width) < count[..., None]
-    index = np.minimum(index, most * len(rows) - 1)
+    index = np.minimum(index, most * len(queries) - 1)
     pair = [
-        np.where(
-            inside, np.clip(x.ravel()[index] - starts[:, None, None], 0, block_k), 0
-        )
+        np.where(inside, np.clip(x.ravel()[index] - starts[..., None], 0, block_k), 0)
         for x in (low, high)
     ]
-    turns = np.sort(np.stack(pair, -1).reshape(len(starts), len(rows), -1), -1)
+    turns = np.sort(np.stack(pair, -1).reshape(len(row), block_q, -1), -1)
     # An edge met twice is none: intervals touch there, or one is empty.
-    place = np.arange(turns.shape[-1])
+    number = np.arange(turns.shape[-1])
     new = np.ones(turns.shape, bool)
     new[..., 1:] = turns[..., 1:] != turns[..., :-1]
-    run = place - np.maximum.accumulate(np.where(new, place, 0), axis=-1)
+    run = number - np.maximum.accumulate(np.where(new, number, 0), axis=-1)
     last = np.ones(turns.shape, bool)
     last[..., :-1] = new[..., 1:]
     edges = np.sort(np.where(last & (run % 2 == 0), turns, block_k), -1)
     used = max(2, int((edges < block_k).sum(-1).max()))
-    edges = edges[..., : used + used % 2]
-    # Rows past the last query see what it sees, which makes few patterns.
-    short = block_q - len(rows)
-    return np.pad(edges, ((0, 0), (0, short), (0, 0)), mode="edge").astype(np.int32)
+    return edges[..., : used + used % 2].astype(np.int32)

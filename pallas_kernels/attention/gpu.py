@@ -79,8 +79,9 @@ class Order:
     @classmethod
     def of(cls, visits: blocks.Visits, tiles: int, turned: bool) -> "Order":
         """Visits by rows, or with `turned` by columns."""
-        low, high = visits.where & 0xFFFF, visits.where >> 16
-        tile, other = (high, low) if turned else (low, high)
+        tile, other = visits.row, visits.column
+        if turned:
+            tile, other = other, tile
         seen = (visits.what & blocks.SEEN) != 0
         masked = (visits.what & blocks.MASKED) != 0
         at = np.lexsort((other, masked, tile))

@@ -1,6 +1,7 @@
 """Laws of the TPU kernels that need no TPU: values, visits, choice."""
 
 import logging
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,26 @@ def test_walks_are_as_long_as_the_mask_is_dense():
     assert len(walk.patterns) <= 8
     n = 1 << 15
     assert blocks.walk(M.causal(), n, n, 0, 4).pairs <= 1.05 * M.causal().pairs(n, n)
+
+
+def test_walks_take_memory_for_what_they_visit_and_no_map():
+    tracemalloc.start()
+    walk = blocks.build(M.window(1024), 1 << 17, 1 << 17, 0, 32, 64)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1.5e8  # a map of 4,096 x 2,048 blocks with its counts takes 4e8
+    assert len(walk.by_rows.row) < 4096 * 18
+
+
+def test_walks_number_more_blocks_than_16_bits_hold():
+    n, mask = 70_000, M.window(8)
+    walk = blocks.build(mask, n, n, 0, 1, 64)
+    for visits in (walk.by_rows, walk.by_columns):
+        near = np.maximum(visits.row - 7, 0) // 64
+        assert visits.row.max() == n - 1 and (visits.row // 64 >= visits.column).all()
+        assert (visits.column >= near).all()
+    assert (np.diff(walk.by_rows.row) >= 0).all()
+    assert (np.diff(walk.by_columns.column) >= 0).all()
 
 
 def test_queries_are_cut_where_one_walk_is_too_long():
