@@ -90,6 +90,24 @@ def _load(target: str) -> Callable:
     return getattr(importlib.import_module(module), name)
 
 
+def outside_shard_map() -> str | None:
+    """Why a mesh hinders a kernel here, or None: kernels are one device's code."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shared = set(mesh.axis_names) - set(mesh.manual_axes)
+    if any(mesh.shape[name] > 1 for name in shared):
+        return f"mesh axes {sorted(shared)} share its arrays outside shard_map"
+    return None
+
+
+def not_hopper() -> str | None:
+    """Why the GPU that is here runs no Hopper kernel; None also where none is here."""
+    if jax.default_backend() == "gpu":
+        found = getattr(jax.devices()[0], "compute_capability", "0")
+        if not found.startswith("9"):
+            return f"compute capability {found} is not 9.x"
+    return None
+
+
 def _floating(call: Call) -> str | None:
     known = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
     if call.dtype in [jnp.dtype(d) for d in known]:

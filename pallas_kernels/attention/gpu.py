@@ -53,11 +53,7 @@ def refuses(call: dispatch.Call) -> str | None:
         return f"head widths {widths} are not both one of {WIDTHS}"
     if 0 in (*call.q_shape, *call.kv_shape):
         return f"q {call.q_shape} or k {call.kv_shape} is empty"
-    if jax.default_backend() == "gpu":
-        found = getattr(jax.devices()[0], "compute_capability", "0")
-        if not found.startswith("9"):
-            return f"compute capability {found} is not 9.x"
-    return None
+    return dispatch.not_hopper() or dispatch.outside_shard_map()
 
 
 # Rows, blocks and visits.

@@ -55,7 +55,7 @@ def refuses(call: dispatch.Call) -> str | None:
             return f"head width {width} is not a multiple of 16 up to {WIDTHS}"
     if 0 in (*call.q_shape, *call.kv_shape):
         return f"q {call.q_shape} or k {call.kv_shape} is empty"
-    spread = outside_shard_map()
+    spread = dispatch.outside_shard_map()
     if spread is not None:
         return spread
     for c in xla.head_classes(call.spec, call.q_shape[2], call.kv_shape[2]):
@@ -83,15 +83,6 @@ def _runs(spec: Spec, T: int, S: int, own: int) -> tuple[range, ...] | str:
         if not isinstance(reason, blocks.TooLong):
             return reason
     return reason
-
-
-def outside_shard_map() -> str | None:
-    """Why a mesh hinders a kernel here, or None."""
-    mesh = jax.sharding.get_abstract_mesh()
-    shared = set(mesh.axis_names) - set(mesh.manual_axes)
-    if any(mesh.shape[name] > 1 for name in shared):
-        return f"mesh axes {sorted(shared)} share its arrays outside shard_map"
-    return None
 
 
 def _packed(query_heads: int, kv_heads: int) -> tuple[int, int]:

@@ -49,11 +49,7 @@ def refuses(call: dispatch.Decode) -> str | None:
         return f"head widths {widths} are not both one of {WIDTHS}"
     if call.page is not None and (KEYS % call.page or call.page % 8):
         return f"pages of {call.page} slots are none of 8, 16, 32 and 64"
-    if jax.default_backend() == "gpu":
-        found = getattr(jax.devices()[0], "compute_capability", "0")
-        if not found.startswith("9"):
-            return f"compute capability {found} is not 9.x"
-    return None
+    return dispatch.not_hopper() or dispatch.outside_shard_map()
 
 
 def attend(scoring, q, k, v, k_pos, *, length=None, beside=None):

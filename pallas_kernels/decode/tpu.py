@@ -28,7 +28,6 @@ from pallas_kernels.attention.tpu import (
     VMEM,
     WIDTHS,
     _product,
-    outside_shard_map,
 )
 
 SUBLANES, LANES = 8, 128
@@ -64,7 +63,7 @@ def refuses(call: dispatch.Decode) -> str | None:
             return f"pages of {call.page} are no multiple of {tile} that divides {RUN}"
         if B * K * _padded(call.count, RUN // call.page) > LISTED:
             return f"{B * K} lists of {call.count} pages are more than {LISTED} words"
-    return outside_shard_map()
+    return dispatch.outside_shard_map()
 
 
 def _refuses_buffer(x) -> str | None:

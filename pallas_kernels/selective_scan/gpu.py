@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import tuning
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.selective_scan import shared
 
 CHANNELS = 64  # of one warpgroup
@@ -35,11 +35,7 @@ _CHANNEL, _STATE = _BY_STATE.reduce(1), _BY_STATE.reduce(0)
 def supports(x_shape: tuple[int, ...], states: int, dtype: Any) -> str | None:
     """Why a scan over `x` [B, T, C] with `states` states is refused, or None."""
     reason = shared.refuses(x_shape, states, dtype, CHANNELS, STATES)
-    if reason is None and jax.default_backend() == "gpu":
-        found = getattr(jax.devices()[0], "compute_capability", "0")
-        if float(found) < 9:
-            reason = f"compute capability {found} is below 9.0"
-    return reason
+    return reason or dispatch.not_hopper()
 
 
 # What both passes share.

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import dispatch
+
 
 def refuses(
     x_shape: tuple[int, ...], states: int, dtype: Any, channels: int, of: Sequence[int]
@@ -22,7 +24,7 @@ def refuses(
         return f"{states} states are none of {of}"
     if jnp.dtype(dtype) != jnp.float32:
         return f"dtype {jnp.dtype(dtype)} is not float32"
-    return None
+    return dispatch.outside_shard_map()
 
 
 def operation(forward: Callable, backward: Callable) -> Callable:

@@ -107,7 +107,7 @@ def scan_case(implementation: str, name: str, array):
 
     from pallas_kernels.selective_scan import kernel
 
-    B, T, C, N = 2, 32_768, 8192, 16
+    B, T, C, N = 1, 32_768, 8192, 16
     scan = kernel((B, T, C), N, "float32", implementation)
     tokens, states = array((B, T, C)), array((B, T, N))
     args = [tokens, tokens, array((N, C)), states, states, array((B, N, C))]

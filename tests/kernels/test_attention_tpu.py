@@ -149,6 +149,7 @@ def test_arrays_that_a_mesh_shares_outside_shard_map_are_refused(on_devices):
     print_chosen = """
 import jax, jax.numpy as jnp
 from pallas_kernels import dispatch, mask
+from pallas_kernels.selective_scan import kernel
 table = dispatch.IMPLEMENTATIONS
 xla = table.pop('xla')
 table['xla'] = xla
@@ -156,12 +157,19 @@ from pallas_kernels.attention import attention
 x = jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.bfloat16)
 mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 def run(q): return attention(q, q, q, mask=mask.causal())[0]
+def scan(q): return q + (kernel((1, 8, 1024), 16, "float32", None) is not None)
 P = jax.sharding.PartitionSpec("data")
-inside = jax.shard_map(run, mesh=mesh, in_specs=P, out_specs=P, check_vma=False)
-with dispatch.target("tpu"), jax.sharding.set_mesh(mesh):
-    print(["pallas_call" in str(jax.make_jaxpr(f)(x)) for f in (run, inside)])
+spread = dict(mesh=mesh, in_specs=P, out_specs=P, check_vma=False)
+def inside(f): return jax.shard_map(f, **spread)
+for name in ("tpu", "gpu"):
+    with dispatch.target(name), jax.sharding.set_mesh(mesh):
+        made = [str(jax.make_jaxpr(g)(x)) for f in (run, scan) for g in (f, inside(f))]
+    words = "pallas_call", "wgmma", "1.0:bf16"
+    print(name, [any(word in text for word in words) for text in made])
 """
-    assert "[False, True]" in on_devices(print_chosen, count=2)
+    told = on_devices(print_chosen, count=2)
+    assert "tpu [False, True, False, True]" in told
+    assert "gpu [False, True, False, True]" in told
 
 
 def test_what_is_over_its_budget_is_named():
