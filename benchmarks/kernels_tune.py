@@ -53,6 +53,7 @@ CHOICES: dict[str, tuple[str, dict[str, tuple]]] = {
             "forward": (64, 128, 256),
             "backward": (32, 64, 128),
             "unrolled": (4, 8, 16),
+            "unrolled_back": (4, 8, 16),
         },
     ),
 }

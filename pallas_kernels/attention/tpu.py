@@ -48,8 +48,8 @@ def interpreted(how=True) -> Iterator[None]:
 def refuses(call: dispatch.Call) -> str | None:
     """Why these kernels would not take a call, or None."""
     dtype = jnp.result_type(call.dtype, call.kv_dtype)
-    if dtype not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
-        return f"dtype {dtype} is not float32 or bfloat16"
+    if dtype != jnp.bfloat16:
+        return f"dtype {dtype} is not bfloat16 (exact products spill registers)"
     for width in (call.q_shape[3], call.v_shape[3]):
         if width % 16 or not 0 < width <= WIDTHS:
             return f"head width {width} is not a multiple of 16 up to {WIDTHS}"

@@ -108,7 +108,7 @@ def _part(k, v, rows: int) -> int:
     most = tuning.of("decode_tpu").scores // (rows * groups)
     if jnp.float32 in (jnp.dtype(x.dtype) for x in (k, v)):  # exact products are larger
         many = max(LANES, k.shape[3], v.shape[3]) // LANES * min(groups, 2)
-        most = min(most // 2, RUN // (2 * many))
+        most = min(most, RUN // many) // tuning.of("decode_tpu").exact
     return max(LANES, 1 << most.bit_length() - 1)
 
 

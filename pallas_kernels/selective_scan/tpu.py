@@ -88,10 +88,6 @@ _PARAMS = pltpu.CompilerParams(
 )
 
 
-def _walk(count: int, step, carry):
-    return shared.walk(count, step, carry, together=tuning.of("scan_tpu").unrolled)
-
-
 # Forward.
 
 
@@ -149,7 +145,9 @@ def _forward(N, block, x, dt, a, b, c, keep, first, y, end, *rest):
         y[0, t] = out
         return tuple(new)
 
-    h = _walk(block, step, tuple(held[n] for n in range(N)))
+    together = tuning.of("scan_tpu").unrolled
+    h = tuple(held[n] for n in range(N))
+    h = shared.walk(block, step, h, together=together)
     for n in range(N):
         held[n] = h[n]
 
@@ -225,7 +223,9 @@ def _backward(
             new.append(jnp.exp(far * a[n]) * h[n] + fed * b[0, 0, t, n])
         return tuple(new)
 
-    _walk(block, again, tuple(start[0, 0, n] for n in range(N)))
+    together = tuning.of("scan_tpu").unrolled_back
+    first = tuple(start[0, 0, n] for n in range(N))
+    shared.walk(block, again, first, together=together)
 
     def back(i, later):
         t = block - 1 - i
@@ -250,7 +250,8 @@ def _backward(
         ddt[0, t] = now * by_input + by_decay
         return tuple(earlier)
 
-    g = _walk(block, back, tuple(held[n] for n in range(N)))
+    g = tuple(held[n] for n in range(N))
+    g = shared.walk(block, back, g, together=together)
     for n in range(N):
         held[n] = g[n]
     db[0, 0] = jnp.sum(sums_b[...], -1)

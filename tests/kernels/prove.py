@@ -61,7 +61,6 @@ def cases() -> dict:
         "window": (sinks, 1_048_576, 8, 2, 128, {}),
         "stripes": (stripes, 32_768, 8, 2, 128, {}),
         "packed": (M.causal() & M.window(4096), 32_768, 8, 8, 64, packed),
-        "float32": (M.causal(), 8192, 4, 2, 64, dict(dtype="float32")),
     }
 
 

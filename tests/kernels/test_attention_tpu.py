@@ -139,7 +139,7 @@ def test_where_a_kernel_refuses_the_next_runs(caplog, kernels_first):
     [("cpu", 64, "this is cpu"), ("tpu", 24, "head width 24 is not a multiple of 16")],
 )
 def test_a_kernel_asked_for_by_name_says_what_it_takes(platform, width, text):
-    q, kv = jnp.zeros((1, 8, 4, width)), jnp.zeros((1, 8, 2, width))
+    q, kv = (jnp.zeros((1, 8, n, width), jnp.bfloat16) for n in (4, 2))
     with dispatch.target(platform), pytest.raises(ValueError, match=text):
         attention(q, kv, kv, mask=M.causal(), implementation="mosaic_tpu")
 

@@ -21,7 +21,7 @@ POSITIONS = np.stack(
 @pytest.fixture
 def short_blocks():
     with (
-        tuning.using("scan_tpu", forward=16, backward=8, unrolled=1),
+        tuning.using("scan_tpu", forward=16, backward=8, unrolled=1, unrolled_back=1),
         tuning.using("scan_gpu", block=8, unrolled=2),
     ):
         yield
