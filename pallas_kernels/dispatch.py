@@ -159,8 +159,7 @@ def _decode_gpu(call: Decode) -> str | None:
 
 
 # In the order in which they are tried. The kernels stand behind "xla", so they run by
-# name only, until `make kernels` has compiled them for every generation and a device
-# has run them.
+# name only, until a device has run them.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(
         "pallas_kernels.attention.vjp:attend",
