@@ -1,6 +1,6 @@
 """How far back a fact may be: Infini-attention's memory over more and more segments.
 
-    python -m experiments.infini.needle
+    python experiments/infini/needle.py
 
 A layer of 32 channels learns from scratch to tell facts: each of four keys is bound to
 one of four values in the first of four segments of 8 tokens, filler follows, and every

@@ -52,12 +52,19 @@ TOLERANCE = {"float64": 1e-12, "float32": 2e-5}
 
 
 def late(name: str, dtype: str) -> bool:
-    """Whether a case waits for the slow tests: float32, and variants of a mixer.
+    """Whether a case waits for the slow tests: float32, and all mixers but one.
 
-    Megalodon's, Infini's and Mamba-2's are the dearest; what they hold is in files of
-    their own.
+    Megalodon's, Infini's and Mamba-2's are the dearest; what they hold, and what
+    attention does, is in files of their own.
     """
-    variants = ("window", "mamba-jamba", "mamba2", "infini-linear", "infini-delta")
+    variants = (
+        "attention",
+        "window",
+        "mamba-jamba",
+        "mamba2",
+        "infini-linear",
+        "infini-delta",
+    )
     variants += ("megalodon",)
     return dtype == "float32" or name in variants
 

@@ -236,7 +236,7 @@ def test_a_model_without_experts_has_no_load_balance_loss():
         moe.aux_loss({})
 
 
-@pytest.mark.parametrize("chunk", [1, 5])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_losses_read_in_chunks_are_those_of_one_shot(chunk):
     lm, text = LanguageModel(tiny_moe(2), tiny_params(2)), tokens(2, 11)
     found = lm.nll(text, chunk=chunk)

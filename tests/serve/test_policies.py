@@ -1,5 +1,7 @@
 """Each policy against a reference written out token by token."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from lclm.serve.session import Session
 from tests.tiny import tiny_config, tiny_lm, tokens
 
 SPEC = AttentionSpec(4, 2, 8, RopeSpec(context=64))
+LAYER = Layer(0, SPEC)
 
 
 def random_heads(length: int) -> Heads:
@@ -29,42 +32,53 @@ def random_heads(length: int) -> Heads:
     )
 
 
+@functools.partial(jax.jit, static_argnames="policy")
+def call(policy, cache, part: Heads, positions):
+    step = make_step(
+        tiny_config(),
+        positions,
+        far=policy.far(positions),
+        start=positions[:, 0],
+        exact=policy.exact_angles,
+    )
+    return policy.attend(cache, part, step, LAYER)
+
+
 def run(policy, heads: Heads, chunk: int) -> np.ndarray:
     """The policy's attention over all tokens, `chunk` at a time."""
     length = heads.q.shape[1]
-    layer, config = Layer(0, SPEC), tiny_config()
-    cache = policy.init(layer, 1, length, jnp.float32)
+    cache = policy.init(LAYER, 1, length, jnp.float32)
     outs = []
     for at in range(0, length, chunk):
         end = min(at + chunk, length)
         positions = jnp.arange(at, end, dtype=jnp.int32)[None]
-        step = make_step(
-            config,
-            positions,
-            far=policy.far(positions),
-            start=jnp.array([at], jnp.int32),
-            exact=policy.exact_angles,
-        )
         part = Heads(*(x[:, at:end] for x in (heads.q, heads.k, heads.v)))
-        out, cache = policy.attend(cache, part, step, layer)
+        out, cache = call(policy, cache, part, positions)
         outs.append(out)
     return np.asarray(jnp.concatenate(outs, 1))
 
 
 def by_slots(heads: Heads, sinks: int, window: int) -> np.ndarray:
     """arXiv 2309.17453 as written: keys stored unrotated, rotated by cache slot."""
-    out = []
-    for i in range(heads.q.shape[1]):
+    length, group = heads.q.shape[1], SPEC.heads // SPEC.kv_heads
+    slots = jnp.broadcast_to(jnp.arange(length)[:, None], (length, length))
+    tables = angles(slots, SPEC.rope, SPEC.head_dim)
+    # Every token as it would stand in every slot: [slot, token, head, width].
+    q, k = (
+        np.asarray(rotate(jnp.repeat(x, length, 0), *tables))
+        for x in (heads.q, heads.k)
+    )
+    v, out = np.repeat(np.asarray(heads.v)[0], group, 1), []
+    for i in range(length):
         seen = list(range(i + 1))
         if len(seen) > sinks + window + 1:
             seen = seen[:sinks] + seen[-(window + 1) :]
-        slots = jnp.arange(len(seen), dtype=jnp.int32)[None]
-        k = rotate(heads.k[:, seen], *angles(slots, SPEC.rope, SPEC.head_dim))
-        q = rotate(heads.q[:, [i]], *angles(slots[:, -1:], SPEC.rope, SPEC.head_dim))
-        k, v = (jnp.repeat(x, 2, 2) for x in (k, heads.v[:, seen]))
-        p = jax.nn.softmax(jnp.einsum("bqnh,bsnh->bnqs", q, k) * SPEC.head_dim**-0.5)
-        out.append(jnp.einsum("bnqs,bsnh->bqnh", p, v))
-    return np.asarray(jnp.concatenate(out, 1))
+        keys = np.repeat(k[range(len(seen)), seen], group, 1)
+        scores = np.einsum("nh,snh->ns", q[len(seen) - 1, i], keys)
+        weights = np.exp(scores * SPEC.head_dim**-0.5)
+        weights /= weights.sum(1, keepdims=True)
+        out.append(np.einsum("ns,snh->nh", weights, v[seen]))
+    return np.stack(out)[None]
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,9 @@ from lclm.attention.ring import relation
 from pallas_kernels import mask as masks
 
 HEAD = "from tests.train.meshes import same\n"
-# Strategies x masks, each strategy and each mask at least once.
+# Ulysses, both kinds of parts at once, states: the product is slow.
 FAST = """
 same("s2rows", dict(data=2, context_ulysses=4))
-same("wide", dict(context_ring=4, data=2, context="ring"), remat=dict(kind="attention"))
-same("window", dict(data=2, context_ring=4))
 same("mqa", dict(context_ring=2, context_ulysses=4, context="ring"), packed=False)
 same("mamba", dict(data=2, context_ring=2, context_ulysses=2))
 """
@@ -39,6 +37,7 @@ for name in ("plain", "dressed", "window", "mixed", "s2", "s2rows", "sinks", "wi
         for packed in (True, False):
             same(name, mesh, packed=packed)
 same("mqa", dict(context_ulysses=4, context_ring=2))
+same("wide", dict(context_ring=4, data=2, context="ring"), remat=dict(kind="attention"))
 same("moe", dict(fsdp=2, expert=2, context_ring=2, context="ring"))
 same("plain", dict(context_ring=8, context="ring"), accumulate=4, batch=8, length=32)
 """
@@ -131,12 +130,12 @@ print("exchanges counted")
 
 
 def test_loss_and_gradients_of_shared_rows_are_those_of_one_device(on_devices):
-    assert on_devices(HEAD + FAST).count("same:") == 5
+    assert on_devices(HEAD + FAST).count("same:") == 3
 
 
 @pytest.mark.slow
 def test_every_strategy_agrees_for_every_mask(on_devices):
-    assert on_devices(HEAD + PRODUCT, timeout=3000).count("same:") == 99
+    assert on_devices(HEAD + PRODUCT, timeout=3000).count("same:") == 100
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def test_open_gates_lose_nothing_and_feel_the_penalty_alone():
     np.testing.assert_allclose(grads["objective/alpha"], 0.05 / 4, rtol=1e-6)
 
 
-@pytest.mark.parametrize("value", [0.0, 0.4])
+@pytest.mark.parametrize("value", [pytest.param(0.0, marks=pytest.mark.slow), 0.4])
 def test_a_window_over_everything_loses_nothing_at_any_gate(value):
     told, _ = slopes(trainer("duo_gates:sinks=2,window=24"), gates(value))
     assert float(told["distance"]) < 1e-9

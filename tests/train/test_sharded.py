@@ -4,12 +4,12 @@ import pytest
 
 HEAD = "from tests.train.meshes import same\n"
 FAST = """
-same("plain", dict(data=2, fsdp=2, tensor=2), accumulate=2)
 lora = dict(rank=2, on=[r"(attn/[qkvo]|mlp/(gate|down))/weight$"])
 same("plain", dict(fsdp=4, tensor=2), model=dict(source="tiny", lora=lora))
 same("moe", dict(data=2, fsdp=2, expert=2))
 """
 SLOW = """
+same("plain", dict(data=2, fsdp=2, tensor=2), accumulate=2)
 same("plain", dict(data=8))
 same("plain", dict(fsdp=8), packed=False)
 same("plain", dict(data=2, fsdp=4), accumulate=1, remat=dict(kind="full"))

@@ -89,8 +89,10 @@ def halves(count: int, group: int) -> np.ndarray:
     return (ids[:, :, None] == ids[:, None, :]) & (p[:, None] >= p)
 
 
-@pytest.mark.parametrize(("query", "kv"), [(4, 2), (9, 3), (4, 4)])
-@pytest.mark.parametrize("group", [8, 24])
+@pytest.mark.parametrize(
+    ("query", "kv"), [(4, 2), (9, 3), pytest.param(4, 4, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("group", [8, pytest.param(24, marks=pytest.mark.slow)])
 def test_it_is_attention_in_segments_of_each_head_half_and_document(query, kv, group):
     pattern = f"shifted_groups:group={group}"
     spec = AttentionSpec(query, kv, H, pattern=pattern, laid="rows")
