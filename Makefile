@@ -9,6 +9,8 @@ SHELL := /bin/bash
 VENV ?= .venv
 ORACLES ?= .venv-oracles
 KERNELS ?= .venv-kernels
+# Tests compile far more than they compute: LLVM need not optimise what they run once.
+QUICK = --xla_backend_optimization_level=0
 KVPRESS ?= .venv-kvpress
 BENCH_ARGS ?=
 KERNEL_ARGS ?=
@@ -28,7 +30,7 @@ demo: install  ## the demonstration: a real model over four times its trained co
 	$(VENV)/bin/lclm run --config=configs/demo.py
 
 test: install  ## the fast tests (at most 15 minutes on 2 cores)
-	$(PY) -m pytest -n 2 --dist loadfile -m "not slow and not browser" $(PYTEST_ARGS)
+	XLA_FLAGS="$(QUICK)" $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not browser" $(PYTEST_ARGS)
 
 test-all: install  ## every test that needs no browser
 	$(PY) -m pytest -n 2 --dist loadfile -m "not browser" $(PYTEST_ARGS)

@@ -20,7 +20,8 @@ def on_devices() -> Callable[..., str]:
     def run(source: str, *, count: int = 8, timeout: float = 300) -> str:
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+            f"--xla_force_host_platform_device_count={count}",
         }
         command = [sys.executable, "-W", "error", "-c", source]
         done = subprocess.run(
