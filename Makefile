@@ -30,7 +30,7 @@ demo: install  ## the demonstration: a real model over four times its trained co
 	$(VENV)/bin/lclm run --config=configs/demo.py
 
 test: install  ## the fast tests (at most 15 minutes on 2 cores)
-	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not browser" $(PYTEST_ARGS)
+	XLA_FLAGS="$(QUICK) $${XLA_FLAGS:-}" $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not browser" $(PYTEST_ARGS)
 
 test-all: install  ## every test that needs no browser
 	$(PY) -m pytest -n 2 --dist loadfile -m "not browser" $(PYTEST_ARGS)
