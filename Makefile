@@ -54,8 +54,8 @@ oracles: install $(ORACLES)/.requirements $(ORACLES)-megalodon/.requirements $(O
 	$(ORACLES)-megalodon/bin/python tests/oracles/megalodon.py --check
 	PYTHONPATH=. $(ORACLES)-lm-eval/bin/python tests/oracles/lm_eval_harness.py --check
 
-kernels: $(KERNELS)/.requirements  ## the kernels' values, and their compilation for TPUs that are not here
-	$(KERNELS)/bin/python -m tests.kernels.prove $(KERNEL_ARGS)
+kernels: install $(KERNELS)/.requirements  ## the kernels' values, and their compilation for chips that are not here
+	PYTHONPATH=$$(echo $(KERNELS)/lib/python*/site-packages) $(PY) -m tests.kernels.prove $(KERNEL_ARGS)
 
 clean:  ## remove the environments (runs and the model cache stay)
 	rm -rf $(VENV) $(ORACLES) $(ORACLES)-megalodon $(ORACLES)-lm-eval $(KERNELS) $(KVPRESS)

@@ -21,7 +21,7 @@ from lclm.models.extend import read_rope, with_rope
 from lclm.ops.int8 import quantize_params
 from lclm.ops.sampling import Sampler
 from lclm.serve import recompute, snapshot
-from lclm.serve.calls import Engine, dense_logits
+from lclm.serve.calls import Engine, dense_logits, forms
 from lclm.serve.generate import Request
 from lclm.serve.result import Generation, Stats, Stream
 from lclm.serve.session import Session
@@ -107,9 +107,10 @@ class LanguageModel:
     def logits(self, tokens: Any) -> Float[Array, "B T V"]:
         """float32 [B, T, V]: dense parallel forward over int [B, T]."""
         tokens = self._tokens(tokens)
-        return dense_logits(
-            self.params, tokens, config=self.config, dtype=self._engine.dtype
-        )
+        with forms(self._engine.spread):
+            return dense_logits(
+                self.params, tokens, config=self.config, dtype=self._engine.dtype
+            )
 
     def nll(
         self,

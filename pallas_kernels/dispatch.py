@@ -2,12 +2,14 @@
 
 `supports` fails closed: an implementation that does not know it can do a call
 refuses it. With `implementation=None` the first that accepts runs; one asked for by
-name that refuses is an error with the reason.
+name that refuses is an error with the reason. `LCLM_KERNELS=xla` in the environment, or
+`with preferring("xla")`, has None mean XLA's forms.
 """
 
 import dataclasses
 import importlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -158,14 +160,8 @@ def _decode_gpu(call: Decode) -> str | None:
     return gpu.refuses(call)
 
 
-# In the order in which they are tried. The kernels stand behind "xla", so they run by
-# name only, until a device has run them.
+# In the order in which they are tried.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "xla": Implementation(
-        "pallas_kernels.attention.vjp:attend",
-        _floating,
-        "pallas_kernels.attention.vjp:backward",
-    ),
     "mosaic_tpu": Implementation(
         "pallas_kernels.attention.tpu:attend",
         _mosaic_tpu,
@@ -176,17 +172,17 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         _mosaic_gpu,
         "pallas_kernels.attention.gpu:backward",
     ),
+    "xla": Implementation(
+        "pallas_kernels.attention.vjp:attend",
+        _floating,
+        "pallas_kernels.attention.vjp:backward",
+    ),
     "reference": Implementation("pallas_kernels.attention.reference:attend", _small),
 }
 
 
 # Attention over caches, in the same order and by the same rule.
 DECODE: dict[str, Implementation] = {
-    "xla": Implementation(
-        "pallas_kernels.decode.cached:attend",
-        lambda call: None,
-        pages="pallas_kernels.decode.pages:attend_pages",
-    ),
     "mosaic_tpu": Implementation(
         "pallas_kernels.decode.tpu:attend",
         _decode_tpu,
@@ -197,6 +193,11 @@ DECODE: dict[str, Implementation] = {
         "pallas_kernels.decode.gpu:attend",
         _decode_gpu,
         pages="pallas_kernels.decode.gpu:attend_pages",
+    ),
+    "xla": Implementation(
+        "pallas_kernels.decode.cached:attend",
+        lambda call: None,
+        pages="pallas_kernels.decode.pages:attend_pages",
     ),
 }
 
@@ -209,7 +210,9 @@ def select(call: Call | Decode, implementation: str | None) -> Implementation:
             f"implementation={implementation!r}: this build has "
             f"{sorted(known)}; name one of them or pass None"
         )
-    names = known if implementation is None else [implementation]
+    names = [implementation]
+    if implementation is None:
+        names = sorted(known, key=lambda name: name != preferred())
     reasons = []
     for name in names:
         reason = known[name].supports(call)
@@ -223,10 +226,11 @@ def select(call: Call | Decode, implementation: str | None) -> Implementation:
     )
 
 
-# The platform that programs are lowered for, and the chip where its name was told:
-# part of the key of JAX's trace caches.
+# The platform that programs are lowered for, the chip where its name was told, and who
+# is tried first: part of the key of JAX's trace caches.
 _TARGET = jax.make_user_context(None)
 _CHIP = jax.make_user_context(None)
+_FIRST = jax.make_user_context(os.environ.get("LCLM_KERNELS"))
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu"}
 
 
@@ -250,4 +254,25 @@ def target(name: str, chip: str | None = None) -> Iterator[None]:
     if name not in PLATFORMS:
         raise ValueError(f"platform {name!r}: known are {sorted(PLATFORMS)}")
     with _TARGET(PLATFORMS[name]), _CHIP(chip):
+        yield
+
+
+def preferred() -> str | None:
+    """Who is tried first where no implementation is named, if anybody is.
+
+    Raises ValueError for a name that this build does not have.
+    """
+    name = _FIRST.value
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"LCLM_KERNELS or preferring {name!r}: this build has "
+            f"{sorted(IMPLEMENTATIONS)}"
+        )
+    return name
+
+
+@contextmanager
+def preferring(name: str) -> Iterator[None]:
+    """Calls traced inside that name no implementation try this one first."""
+    with _FIRST(name):
         yield

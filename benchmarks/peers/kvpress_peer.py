@@ -39,8 +39,15 @@ def make(settings: dict[str, Any]) -> Peer:
         return cache, out.logits[:, -1:].argmax(-1)
 
     def behind(ids: torch.Tensor, cache: Any, start: int):
-        at = torch.arange(start, start + ids.shape[1])[None]
-        return model(ids, past_key_values=cache, position_ids=at).logits
+        # Masks are made for the first layer's length: in a layer that holds less
+        # (PyramidKV) several tokens would see those behind them.
+        uneven = len({layer.keys.shape[2] for layer in cache.layers}) > 1
+        size, logits = 1 if uneven else ids.shape[1], []
+        for some in ids.split(size, 1):
+            at = torch.arange(start, start + some.shape[1])[None]
+            logits.append(model(some, past_key_values=cache, position_ids=at).logits)
+            start += some.shape[1]
+        return torch.cat(logits, 1)
 
     def answer(cache: Any, start: int, question: list[int], new: int) -> list[int]:
         """Greedy tokens behind a question; the cache is left as it was."""

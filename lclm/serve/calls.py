@@ -4,7 +4,9 @@ All shapes are static: rows are read left-aligned in chunks of one size (the tai
 smaller bucket), padded on the right with positions of -1 that no cache keeps.
 """
 
+import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,8 @@ from lclm.models.decoder import Decoder, loss_table, unembed
 from lclm.ops.loss import token_nll, token_scores
 from lclm.ops.sampling import sample
 from lclm.typing import Array, Leaf, Params
+from pallas_kernels import dispatch
+from pallas_kernels.decode import in_order
 
 NLL_TOKENS = 128  # rows of logits held at a time
 
@@ -45,6 +49,12 @@ class Engine:
         return {"model": self.params, "policy": self.policy_params}
 
     @property
+    def spread(self) -> bool:
+        """Whether the parameters lie on several devices."""
+        first = jax.tree.leaves(self.params)[:1]
+        return any(isinstance(x, jax.Array) and len(x.devices()) > 1 for x in first)
+
+    @property
     def layers(self) -> tuple[Layer, ...]:
         """Every layer as policies know it."""
         return layers_of(self.config)
@@ -52,11 +62,15 @@ class Engine:
 
 @dataclass(frozen=True)
 class How:
-    """What a compiled call is specialised on."""
+    """What a compiled call is specialised on.
+
+    `spread`: several devices share its arrays, which kernels cannot do.
+    """
 
     config: ModelConfig
     policy: CachePolicy
     dtype: Any
+    spread: bool = False
 
     def forward(
         self, weights, caches, tokens, positions, *, start, length, weigh=False
@@ -105,6 +119,22 @@ class Rows:
     active: Leaf
 
 
+def forms(spread: bool) -> contextlib.AbstractContextManager:
+    """Calls traced inside run XLA's forms, no kernels, where devices share arrays."""
+    return dispatch.preferring("xla") if spread else contextlib.nullcontext()
+
+
+def _traced(call: Callable) -> Callable:
+    """`call` in the forms that its `how` can run."""
+
+    @functools.wraps(call)
+    def traced(*args, how: How, **settings):
+        with forms(how.spread):
+            return call(*args, how=how, **settings)
+
+    return traced
+
+
 def _forward(weights, caches, chunk: Chunk, how: How, *, weigh: bool = False):
     return how.forward(
         weights,
@@ -118,6 +148,7 @@ def _forward(weights, caches, chunk: Chunk, how: How, *, weigh: bool = False):
 
 
 @functools.partial(jax.jit, static_argnames="how", donate_argnames=("caches", "last"))
+@_traced
 def read_last(weights, caches, last, chunk: Chunk, *, how: How):
     """Read a chunk; `last` takes the final hidden state of rows that ended in it."""
     hidden, caches = _forward(weights, caches, chunk, how)
@@ -129,6 +160,7 @@ def read_last(weights, caches, last, chunk: Chunk, *, how: How):
 
 
 @functools.partial(jax.jit, static_argnames="how", donate_argnames=("caches", "last"))
+@_traced
 def read_nll(weights, caches, last, targets, chunk: Chunk, *, how: How):
     """Read a chunk and return each token's loss of predicting `targets`."""
     hidden, caches = _forward(weights, caches, chunk, how)
@@ -141,6 +173,7 @@ def read_nll(weights, caches, last, targets, chunk: Chunk, *, how: How):
 
 
 @functools.partial(jax.jit, static_argnames="how", donate_argnames=("caches", "last"))
+@_traced
 def read_scored(weights, caches, last, chunk: Chunk, *, how: How):
     """Read a chunk; each of its tokens' loss, and whether greedy decoding makes it."""
     hidden, caches = _forward(weights, caches, chunk, how)
@@ -184,6 +217,7 @@ def _observe(caches, own, positions, how: How):
 
 
 @functools.partial(jax.jit, static_argnames="how", donate_argnames="caches")
+@_traced
 def overflow(weights, caches, full, chunk: Chunk, *, how: How):
     """Rows that are `full` weigh a catalyst, kept by none of them, then compact."""
     weighed = caches
@@ -207,6 +241,7 @@ def overflow(weights, caches, full, chunk: Chunk, *, how: How):
 
 
 @functools.partial(jax.jit, static_argnames=("how", "read"))
+@_traced
 def settle(caches, *, how: How, read: int):
     """Cut caches that hold prompts of up to `read` tokens whole."""
 
@@ -219,6 +254,7 @@ def settle(caches, *, how: How, read: int):
 @functools.partial(
     jax.jit, static_argnames=("how", "sampler", "steps"), donate_argnames="rows"
 )
+@_traced
 def decode(weights, rows: Rows, keys, limit, eos, *, how: How, sampler, steps):
     """Up to `limit` <= `steps` tokens a row in one loop; -1 where a row has ended."""
 
@@ -245,6 +281,7 @@ def decode(weights, rows: Rows, keys, limit, eos, *, how: How, sampler, steps):
             own = -jnp.take_along_axis(logp, token[:, None], 1)
             caches = _observe(caches, own, positions, how)
         hidden = jnp.where(active[:, None], h[:, 0], rows.hidden)
+        caches = in_order(caches)
         return i + 1, Rows(caches, hidden, rows.start + active, active), out
 
     def more(state):

@@ -264,7 +264,8 @@ class Session:
     @property
     def how(self) -> How:
         """What this session's compiled calls are specialised on."""
-        return How(self.engine.config, self.policy, self.engine.dtype)
+        engine = self.engine
+        return How(engine.config, self.policy, engine.dtype, engine.spread)
 
     def _states(self, rows: int, length: int) -> tuple[Any, ...]:
         engine = self.engine

@@ -29,6 +29,7 @@ class Chip:
     `link` is what one device sends to its neighbours in all directions together.
     """
 
+    name: str
     platform: str
     memory: int
     flops: float
@@ -38,10 +39,10 @@ class Chip:
 
 # Vendors' data sheets. NVLink: 900e9 in and out together, so half of it out.
 CHIPS = {
-    "v5e": Chip("tpu", 16 * 2**30, 197e12, 819e9, 200e9),
-    "v5p": Chip("tpu", 95 * 2**30, 459e12, 2765e9, 600e9),
-    "v6e": Chip("tpu", 32 * 2**30, 918e12, 1640e9, 448e9),
-    "h200": Chip("cuda", 150_754_820_096, 989e12, 4.8e12, 450e9),
+    "v5e": Chip("v5e", "tpu", 16 * 2**30, 197e12, 819e9, 200e9),
+    "v5p": Chip("v5p", "tpu", 95 * 2**30, 459e12, 2765e9, 600e9),
+    "v6e": Chip("v6e", "tpu", 32 * 2**30, 918e12, 1640e9, 448e9),
+    "h200": Chip("h200", "cuda", 150_754_820_096, 989e12, 4.8e12, 450e9),
 }
 NODE = 8  # H200 that one NVLink switch joins
 SHAPES = {
@@ -153,7 +154,7 @@ def compile_step(
             f"{len(devices)} devices and a run without mesh: say how they share it, "
             "mesh=dict(fsdp=-1) for instance"
         )
-    with dispatch.target(chip.platform):
+    with dispatch.target(chip.platform, chip.name):
         step = make_step(run, config, devices)
         lowered = trace_step(step, config, devices[0]).lower()
     try:

@@ -31,6 +31,7 @@ GROUP, GROUPS = 64, 2  # rows of a warpgroup, and warpgroups that compute
 ROWS = GROUP * GROUPS
 KEYS = 128  # of a block of the forward pass
 BACK = 64  # keys, or rows, of a block of the backward passes
+MOST_VISITS = 1 << 25  # of a walk, 8 bytes each: constants of the program
 _PAIRS = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _PAIRS.reduce(1), _PAIRS.reduce(0)
 _INTERPRET = jax.make_user_context(False)
@@ -53,7 +54,30 @@ def refuses(call: dispatch.Call) -> str | None:
         return f"head widths {widths} are not both one of {WIDTHS}"
     if 0 in (*call.q_shape, *call.kv_shape):
         return f"q {call.q_shape} or k {call.kv_shape} is empty"
-    return dispatch.not_hopper() or dispatch.outside_shard_map()
+    return _refuses_walk(call) or dispatch.not_hopper() or dispatch.outside_shard_map()
+
+
+def _refuses_walk(call: dispatch.Call) -> str | None:
+    (_, T, N, _), (_, S, K, _) = call.q_shape, call.kv_shape[:4]
+    block = ROWS // _shared(N // K) * BACK
+    if T * S <= MOST_VISITS * block:
+        return None
+    visits = _pairs(call.spec.mask, T, S, N, call.spec.offset) // (N * block)
+    if visits > MOST_VISITS:
+        return (
+            f"{T} x {S} tokens under this mask are {visits} visits, above {MOST_VISITS}"
+        )
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _pairs(mask, T: int, S: int, heads: int, offset: int) -> int:
+    return mask.pairs(T, S, heads, offset)
+
+
+def _shared(group: int) -> int:
+    """Heads of a group that share whole tiles."""
+    return max(n for n in (1, 2, 4, 8) if group % n == 0)
 
 
 # Rows, blocks and visits.
@@ -111,8 +135,7 @@ class Tiling:
     @classmethod
     def of(cls, spec: Spec, q, k, rows: int, block_k: int) -> "Tiling":
         """The tiling of a call; `own` is the most heads that share whole tiles."""
-        group = q.shape[2] // k.shape[2]
-        own = max(n for n in (1, 2, 4, 8) if group % n == 0)
+        own = _shared(q.shape[2] // k.shape[2])
         return cls(spec, q.shape[1], k.shape[1], own, rows, block_k)
 
     @property

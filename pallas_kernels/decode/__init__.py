@@ -4,6 +4,7 @@ from pallas_kernels.decode.cached import (
     attention_and_sums,
     cached_attention,
     column_sums,
+    in_order,
 )
 from pallas_kernels.decode.pages import (
     Selection,
@@ -20,6 +21,7 @@ __all__ = [
     "attention_and_sums",
     "cached_attention",
     "column_sums",
+    "in_order",
     "no_bounds",
     "page_bounds",
     "paged_attention",

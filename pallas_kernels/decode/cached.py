@@ -15,6 +15,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention.spec import wide, wide_dtype
@@ -92,6 +93,19 @@ def cached_attention(
     scoring = _scoring(q, k, q_pos, window, scale, softcap)
     out, lse, _ = run(scoring, q, k, v, k_pos, length=length)
     return (out, lse) if sink is None else with_sink(out, lse, sink)
+
+
+def in_order(buffers):
+    """A tree of arrays, on a TPU laid out in the order of their axes, as kernels read.
+
+    For the buffers that a loop of tokens carries. Left alone, XLA lays a loop's buffers
+    token after token, which is shorter to write, and copies each for every kernel.
+    """
+    if dispatch.platform() != "tpu":
+        return buffers
+    return jax.tree.map(
+        lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), buffers
+    )
 
 
 def attention_and_sums(

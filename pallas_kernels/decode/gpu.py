@@ -30,6 +30,7 @@ from pallas_kernels.decode import cached
 
 ROWS = 64  # of a warpgroup: queries times the heads of a group
 KEYS = 64  # slots of a block
+TILE = 8  # slots that lie together in shared memory; copies start at multiples
 
 
 def refuses(call: dispatch.Decode) -> str | None:
@@ -38,6 +39,8 @@ def refuses(call: dispatch.Decode) -> str | None:
     K, C = call.k.shape[1:3]
     if 0 in (*call.q_shape, K) or C < KEYS:
         return f"q {call.q_shape} is empty, or {C} slots are fewer than {KEYS}"
+    if C % TILE:
+        return f"{C} slots are no multiple of {TILE}"
     if T * N // K > ROWS:
         return f"{T * N // K} queries times heads of a group are more than {ROWS}"
     if hasattr(call.k, "open") or hasattr(call.v, "open"):
@@ -202,7 +205,7 @@ class _Kernel:
 
     def first(self, n):
         """The first slot of block n: the last block ends where the slots do."""
-        return lax.min(n * KEYS, self.slots - KEYS)
+        return pl.multiple_of(lax.min(n * KEYS, self.slots - KEYS), TILE)
 
     def stream(self, refs, held, barriers, place):
         """Bring all blocks in, each into the place that was used longest ago."""

@@ -35,6 +35,8 @@ def kernel(
             f"{NAMES}, or None for the best here"
         )
     name = implementation or BEST.get(dispatch.platform(), "xla")
+    if implementation is None and dispatch.preferred() == "xla":
+        name = "xla"
     if name == "xla":
         return None
     module, interpreted = KERNELS[name]

@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -31,6 +30,7 @@ MEASURES = {
     "gpu": ("registers", "instructions", "smem"),
 }
 SLACK = 1.02
+ENGINE = "engine"  # the engine's calls over a model: 32k slots, chunks of 512
 SCAN = "scan"  # the case of the selective scan: 32k tokens, 8,192 channels, 16 states
 # Attention of one token over a cache: slots, and what else the case has.
 DECODE = {
@@ -86,6 +86,9 @@ def compile_case(chip: str, name: str) -> None:
     from pallas_kernels import dispatch
 
     place = SingleDeviceSharding(device(chip))
+    if name == ENGINE:
+        compile_engine(chip, place)
+        return
 
     def array(shape, dtype="float32"):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
@@ -96,8 +99,28 @@ def compile_case(chip: str, name: str) -> None:
     run, args = make(f"mosaic_{which}", name, array)
     with dispatch.target(which, chip):
         lowered = jax.jit(run).lower(*args)
-    memory = lowered.compile().memory_analysis()
-    print(json.dumps({"temporary": memory.temp_size_in_bytes}))
+    lowered.compile()
+
+
+def compile_engine(chip: str, place) -> None:
+    """Compile what reads a chunk and what decodes, two layers of Llama 3 8B.
+
+    What decodes may copy no cache: SystemExit where it takes an eighth of one beside.
+    """
+    import dataclasses
+
+    from lclm.models.presets import preset
+    from tests.serve.lowering import engine_calls
+
+    config = preset("llama-3-8b")
+    (run,) = config.stack
+    config = dataclasses.replace(config, stack=(dataclasses.replace(run, repeats=2),))
+    keys = 32_768 * 8 * 128 * 2
+    sizes = {"length": 32_768, "chunk": 512, "place": place, "chip": chip}
+    calls = engine_calls(config, "full", platform(chip), **sizes)
+    _, write = (call.lower().compile().memory_analysis() for call in calls)
+    if write.temp_size_in_bytes > keys // 8:
+        raise SystemExit(f"{write.temp_size_in_bytes} bytes beside caches of {keys}")
 
 
 def scan_case(implementation: str, name: str, array):
@@ -119,17 +142,13 @@ def scan_case(implementation: str, name: str, array):
 
 
 def coded(array, shape, dtype):
-    """A buffer of codes as decode takes them (this environment has no `lclm.ops`)."""
+    """A buffer of codes, a scale for each slot and 32 channels."""
+    import jax
 
-    class Buffer(NamedTuple):
-        codes: object
-        scale: object
-        zero: object
-        bits, group, ndim, open = 8, (1, 32), 4, None
+    from lclm.ops import codes
 
-    Buffer.shape, Buffer.dtype = shape, dtype
-    steps = array((*shape[:3], shape[3] // 32), "float16")
-    return Buffer(array(shape, "uint8"), steps, steps)
+    zeros = jax.eval_shape(lambda: codes.zeros(shape, 8, (1, 32), dtype))
+    return jax.tree.map(lambda x: array(x.shape, x.dtype), zeros)
 
 
 def decode_case(implementation: str, name: str, array):
@@ -198,7 +217,7 @@ def taken(chip: str) -> list[str]:
     if platform(chip) == "gpu":
         own = {n: c for n, c in own.items() if c[-1].get("dtype") != "float32"}
         own = {n: c for n, c in own.items() if not {"codes", "sums"} & {*c[-1]}}
-    return [*own, SCAN]
+    return [*own, SCAN, ENGINE]
 
 
 def measure_gpu(folder: Path) -> dict[str, dict[str, int]]:

@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels import dispatch
 from pallas_kernels import mask as M
 from pallas_kernels.attention import attention, gpu
+from pallas_kernels.attention.spec import Spec
 
 SINKS = M.causal() & (M.sink(4) | M.window(40))
 # Name -> mask, queries, keys, heads, kv heads, and what else the call has.
@@ -90,9 +91,8 @@ def _chosen(**changes):
     return "wgmma" in str(made)
 
 
-def test_a_gpu_runs_the_kernel_by_name_only():
-    assert _chosen(implementation="mosaic_gpu")
-    assert not _chosen()
+def test_a_gpu_runs_the_kernel_unless_told_otherwise():
+    assert _chosen() and not _chosen(implementation="xla")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,18 @@ def test_a_kernel_asked_for_by_name_says_what_it_takes(platform, width, text):
     q, kv = (jnp.zeros((1, 8, n, width), dtype) for n in (4, 2))
     with dispatch.target(platform), pytest.raises(ValueError, match=text):
         attention(q, kv, kv, mask=M.causal(), implementation="mosaic_gpu")
+
+
+def test_a_walk_beyond_what_a_program_may_hold_is_refused():
+    def call(mask, T):
+        spec, kind = Spec(mask, 1.0), jnp.dtype("bfloat16")
+        q, kv = (1, T, 8, 64), (1, T, 2, 64)
+        return dispatch.Call(spec, q, kv, kv, kind, kind, "gpu")
+
+    assert gpu.refuses(call(M.causal(), 1 << 18)) is None
+    assert "67108992 visits, above 33554432" in gpu.refuses(call(M.causal(), 1 << 19))
+    window = M.causal() & M.window(4096)
+    assert gpu.refuses(call(window, 1 << 20)) is None
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -115,19 +115,16 @@ def _chosen(**changes):
     return "pallas_call" in str(made)
 
 
-@pytest.fixture
-def kernels_first(monkeypatch):
-    order = ("mosaic_tpu", "xla")
-    table = {name: dispatch.IMPLEMENTATIONS[name] for name in order}
-    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", table)
-
-
-def test_a_tpu_runs_the_kernel_by_name_only():
-    assert _chosen(implementation="mosaic_tpu") and not _chosen()
-
-
-def test_where_a_kernel_refuses_the_next_runs(caplog, kernels_first):
+def test_a_tpu_runs_the_kernel_unless_told_otherwise():
     assert _chosen() and not _chosen(implementation="xla")
+    with dispatch.preferring("xla"):
+        assert not _chosen() and _chosen(implementation="mosaic_tpu")
+    wrong = dispatch.preferring("cuda")
+    with wrong, pytest.raises(ValueError, match=r"'cuda'.*'mosaic_tpu'"):
+        _chosen()
+
+
+def test_where_a_kernel_refuses_the_next_runs(caplog):
     with caplog.at_level(logging.DEBUG, "pallas_kernels"):
         assert not _chosen(width=24)
     assert "head width 24" in caplog.text
@@ -150,9 +147,6 @@ def test_arrays_that_a_mesh_shares_outside_shard_map_are_refused(on_devices):
 import jax, jax.numpy as jnp
 from pallas_kernels import dispatch, mask
 from pallas_kernels.selective_scan import kernel
-table = dispatch.IMPLEMENTATIONS
-xla = table.pop('xla')
-table['xla'] = xla
 from pallas_kernels.attention import attention
 x = jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.bfloat16)
 mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -170,11 +170,11 @@ def test_no_memory_is_read_before_it_is_written():
     same(paged_attention, *args, how=RACES, length=length)
 
 
-def test_a_tpu_runs_the_kernel_by_name_only():
+def test_a_tpu_runs_the_kernel_unless_told_otherwise():
     args, _ = case()
     kernel = "pallas_call", "tpu", cached_attention
-    assert caches.has(*kernel, *args, implementation="mosaic_tpu")
-    assert not caches.has(*kernel, *args)
+    assert caches.has(*kernel, *args)
+    assert not caches.has(*kernel, *args, implementation="xla")
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def products(platform):
     """Operand types of a toy step's products, the loss's apart, lowered for one."""
     config = preset("tiny-bytes")
     step = make_step(run_of(), config)
-    with dispatch.target(platform):
+    with dispatch.target(platform), dispatch.preferring("xla"):
         traced = trace_step(step, config, jax.devices()[0])
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     found = re.findall(r"dot_general.*: \((.*)\) -> (.*)", text)
