@@ -4,7 +4,7 @@ lclm train --config=configs/long_1b.py:model=FOLDER
 lclm train --config=configs/long_1b.py:size=cpu         (SmolLM2, minutes)
 lclm plan --config=configs/long_1b.py --topology=h200   (on any machine, a minute)
 
-The plan gives 13.8 GiB of state and 61.8 GiB of temporaries of an H200's 140.4 GiB, and
+The plan gives 13.8 GiB of state and 60.3 GiB of temporaries of an H200's 140.4 GiB, and
 at least 15.6 s a step at the bfloat16 peak. No step was run on one.
 """
 
