@@ -1,7 +1,7 @@
 """Evicting caches beside kvpress: what a cut prompt still knows, and what it costs.
 
     python -m benchmarks.caches --peer-python=.venv-kvpress/bin/python
-    python -m benchmarks.caches --peer-python=... --tasks [--length=2048]
+    python -m benchmarks.caches --peer-python=... --tasks [--length=2048 --budget=512]
     python -m benchmarks.caches --peer-python=... --speed --length=32768 --budget=2048
     python -m benchmarks.caches --memory [--length=65536] [--budget=2048]
 
@@ -19,7 +19,8 @@ That peak may be the compiler's: `share_reading` takes both texts when all is co
 each from a heap whose free pages were given back. It has the allocator's noise in it,
 of a few calls' working memory. What was measured with the same settings is not measured
 again.
-Writes benchmarks/results/caches_{quality,tasks,speed,memory}.json.
+Writes benchmarks/results/caches_{quality,tasks,speed,memory}.json; another `length` has
+a file of its own, caches_quality_7680.json.
 """
 
 import argparse
@@ -74,7 +75,7 @@ ASKED = {
 SIZES = {
     "memory": (65536, [2048], ["chunk"]),
     "speed": (32768, [2048], ["new", "rounds"]),
-    "tasks": (2048, [256, 512, 1024], []),
+    "tasks": (1024, [256], []),
     "quality": (3584, [256, 1024], ["after", "texts"]),
 }
 
@@ -310,7 +311,8 @@ def main() -> None:
     args.budget = args.budget or budgets
     facts = {name: getattr(args, name) for name in ["length", "threads", *names]}
     facts = {"cpu": cpu_model(), "model": model.name} | facts
-    table = Table(HERE / "results" / f"caches_{kind}.json", facts)
+    name = kind if args.length == length else f"{kind}_{args.length}"
+    table = Table(HERE / "results" / f"caches_{name}.json", facts)
     if args.memory:
         memory(args, model, table)
         return

@@ -2,7 +2,7 @@
 
     python -m benchmarks.caches_report
 
-Reads benchmarks/results/caches_{quality,tasks,speed,memory}.json, those that are there,
+Reads benchmarks/results/caches_{quality,tasks,speed,memory}*.json, what is there,
 and writes benchmarks/results/caches.md and caches.png.
 """
 
@@ -131,14 +131,14 @@ def main() -> None:
     """Write caches.md and caches.png."""
     lines = []
     for kind in (quality, tasks, speed, memory):
-        path = RESULTS / f"caches_{kind.__name__}.json"
-        if path.exists():
+        whole = f"caches_{kind.__name__}.json"
+        for path in sorted(RESULTS.glob(f"caches_{kind.__name__}*.json")):
             data = json.loads(path.read_text())
             facts = {k: v for k, v in data.items() if k != "rows"}
             told = ", ".join(f"{k} {v}" for k, v in facts.items())
             lines += [f"## {kind.__name__.capitalize()}", "", told, ""]
             lines += [*kind(data), ""]
-            if kind is quality:
+            if kind is quality and path.name == whole:
                 figure(data, RESULTS / "caches.png")
     text = "\n".join(lines)
     (RESULTS / "caches.md").write_text(text)

@@ -89,6 +89,22 @@ class Context:
         """
         self.session.rollback(mark)
 
+    def resume(self, tokens: Sequence[int], at: int) -> None:
+        """Read `tokens` behind the first `at`, in place of all that stands there.
+
+        So texts that begin alike are read once as far as they agree. Marks are dropped.
+        Raises LclmError for caches that overwrite what they held (`full` does not).
+        """
+        began = time.perf_counter()
+        self.session.resume([list(tokens)] * self.session.rows, at)
+        jax.block_until_ready(self.session.last)
+        self.stats = Stats(
+            bytes=measured_bytes(self.session.caches),
+            kept=self.session.policy.kept,
+            prompt_tokens=len(tokens) * self.session.rows,
+            prefill_seconds=time.perf_counter() - began,
+        )
+
     def nll(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """float32 [B, T-1]: loss of each next token of a text behind the context.
 

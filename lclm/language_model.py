@@ -82,7 +82,12 @@ def load(
 
 
 class LanguageModel:
-    """A decoder with its parameters and tokenizer (None where the source has none)."""
+    """A decoder with its parameters and tokenizer (None where the source has none).
+
+    Contexts of the policies in `resumes` may be resumed at any place of their text.
+    """
+
+    resumes = ("full",)
 
     def __init__(
         self,

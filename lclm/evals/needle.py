@@ -32,7 +32,7 @@ from lclm.evals.base import (
     require,
     silent,
 )
-from lclm.evals.retrieval import Cell, check_grid, generate, run_grid, summarise
+from lclm.evals.retrieval import Asker, Cell, check_grid, run_grid, summarise
 
 OPENING = "Read the text below. A question about it follows.\n\n"
 ADJECTIVES = (
@@ -278,7 +278,7 @@ class Needle:
     ) -> list[Record]:
         """Ask every question not yet in the journal."""
         built: list[Haystack] = []
-        starts = len(lm.encode(""))
+        starts, asker = len(lm.encode("")), Asker(lm, self.questions)
 
         def example(cell: Cell) -> Example:
             if not built:
@@ -286,7 +286,7 @@ class Needle:
             return self._make(lm.tokenizer, built[0], cell, starts)
 
         def ask(question: Example, cell: Cell) -> Record:
-            said = generate(lm, question, cell, self.questions)
+            said = asker.answer(question, cell)
             return {**said, "score": self.grade(question, said["prediction"])}
 
         return run_grid(

@@ -27,9 +27,9 @@ from lclm.evals.base import (
     silent,
 )
 from lclm.evals.retrieval import (
+    Asker,
     Cell,
     check_grid,
-    generate,
     run_grid,
     stratified,
     summarise,
@@ -183,12 +183,12 @@ class Passkey:
     ) -> list[Record]:
         """Ask every question not yet in the journal."""
 
-        starts = len(lm.encode(""))
+        starts, asker = len(lm.encode("")), Asker(lm, self.questions)
 
         def ask(example: Example, cell: Cell) -> Record:
             if self.score == "forced":
                 return forced(lm, example, cache=cell.cache)
-            said = generate(lm, example, cell, self.questions)
+            said = asker.answer(example, cell)
             return {**said, "score": score(example, said["prediction"])}
 
         return run_grid(

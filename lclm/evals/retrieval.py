@@ -11,13 +11,23 @@ from typing import Any
 import numpy as np
 
 from lclm.evals import figures
-from lclm.evals.asking import NOTES, Prompt, Task, answer_all, cost, run_tasks
+from lclm.evals.asking import (
+    NOTES,
+    Prompt,
+    Task,
+    answer_all,
+    cost,
+    roomy,
+    run_tasks,
+)
 from lclm.evals.base import (
+    Answer,
     Example,
     Journal,
     LanguageModel,
     Observe,
     Panel,
+    Reader,
     Record,
     Summary,
     by_model,
@@ -91,16 +101,52 @@ def run_grid(
     return run_tasks([entry(c) for c in cells], journal=journal, observe=observe)
 
 
-def generate(lm: LanguageModel, example: Example, cell: Cell, questions: str) -> Record:
-    """The model's greedy answer as a prediction, and what it cost."""
-    query = example.query
-    if questions == "seen":
+class Asker:
+    """Puts the questions of a grid to a model.
+
+    Questions that are read with their contexts share one cache where it only adds
+    tokens: of a prompt that begins like the one before, the rest alone is read.
+    """
+
+    def __init__(self, lm: LanguageModel, questions: str):
+        self.lm, self.questions = lm, questions
+        self.context, self.ids, self.most = None, [], 0
+
+    def answer(self, example: Example, cell: Cell) -> Record:
+        """The model's greedy answer as a prediction, and what it cost."""
+        query = example.query
         new = query.max_new_tokens
-        said = lm.generate(example.prompt, max_new_tokens=new, cache=cell.cache)
-        return {"prediction": said.text, **cost(said, said)}
-    prompt = Prompt(example.opening + example.context, query.text, query)
-    (said,) = answer_all(lm, [prompt], cache=cell.cache, questions=questions)
-    return {k: v for k, v in said.items() if k not in ("prompt_tokens", "seconds")}
+        if self.questions != "seen":
+            prompt = Prompt(example.opening + example.context, query.text, query)
+            (said,) = answer_all(
+                self.lm, [prompt], cache=cell.cache, questions=self.questions
+            )
+            return {
+                k: v for k, v in said.items() if k not in ("prompt_tokens", "seconds")
+            }
+        if cell.cache in getattr(self.lm, "resumes", ()):
+            said, read = self._behind(example.prompt, new, cell.cache)
+        else:
+            said = read = self.lm.generate(
+                example.prompt, max_new_tokens=new, cache=cell.cache
+            )
+        return {"prediction": said.text, **cost(said, read)}
+
+    def _behind(self, prompt: str, new: int, cache: str) -> tuple[Answer, Reader]:
+        """The answer, and who read what of the prompt was not held."""
+        ids = self.lm.encode(prompt)
+        alike = (a == b for a, b in zip(ids, self.ids, strict=False))
+        at = min(sum(itertools.takewhile(bool, alike)), len(ids) - 1)
+        if at and len(ids) + new <= self.most:
+            self.context.resume(ids[at:], at)
+        else:
+            self.context = None  # its memory goes before the next is allocated
+            self.most = roomy(len(ids) + new)
+            room = self.most - len(ids)
+            self.context = self.lm.prefill(ids, cache=cache, room=room)
+        self.ids = ids
+        said = self.context.generate("", max_new_tokens=new, keep=True)
+        return said, self.context
 
 
 def grid_of(records: Sequence[Record], field: str = "score") -> tuple:

@@ -14,7 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lclm.blocks.layer import each_cache
-from lclm.cache.base import KV, Cache, CachePolicy, Layer, measured_bytes
+from lclm.cache.base import (
+    KV,
+    Cache,
+    CachePolicy,
+    Layer,
+    layers_of,
+    measured_bytes,
+)
 from lclm.config import ModelConfig
 from lclm.errors import LclmError
 from lclm.typing import Array
@@ -99,6 +106,37 @@ def back(
         return Cache(tuple(groups), now.extra | held.extra)
 
     return each_cache(config, jax.tree.map(jnp.copy, mark.caches), whole)
+
+
+def cut(
+    config: ModelConfig, policy: CachePolicy, states: tuple[Any, ...], length: int
+) -> tuple[Any, ...]:
+    """The states without what was read behind the first `length` tokens.
+
+    Raises LclmError unless all of them only add tokens.
+    """
+
+    def part(cache: Cache, layer: Layer) -> Cache:
+        lasting = policy.over(layer).lasting(layer)
+        if not {*range(len(cache.groups)), *cache.extra} <= set(lasting):
+            raise LclmError(
+                f"layer {layer.index} overwrites what it holds, so no earlier place in "
+                "the text is left to go back to: mark it beforehand, or use 'full'"
+            )
+        groups = (
+            KV(kv.k, kv.v, jnp.where(kv.pos < length, kv.pos, -1))
+            for kv in cache.groups
+        )
+        return Cache(tuple(groups), cache.extra)
+
+    known = {layer.index for layer in layers_of(config)}
+    for index in range(len(states)):
+        if index not in known:
+            raise LclmError(
+                f"layer {index} is recurrent: it has no place in the text to go back "
+                "to but those that were marked"
+            )
+    return each_cache(config, states, part)
 
 
 def _widened(pos: Array, like: Array) -> Array:

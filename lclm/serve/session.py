@@ -15,7 +15,7 @@ from lclm.learned import Model
 from lclm.ops.sampling import Sampler
 from lclm.serve import calls, memory
 from lclm.serve.calls import Chunk, Engine, How, Rows
-from lclm.serve.marks import Mark, Marks, back, kept
+from lclm.serve.marks import Mark, Marks, back, cut, kept
 from lclm.typing import Array
 
 BUCKETS = (16, 64, 256)
@@ -101,6 +101,18 @@ class Session:
         self.last = jnp.copy(mark.last)
         self.start, self.length = mark.start.copy(), mark.length
         self.free = None if mark.free is None else mark.free.copy()
+
+    def resume(self, rows: Texts, length: int) -> None:
+        """Read rows behind the first `length` tokens, in place of what stands there."""
+        if not 0 < length <= self.start.min() or not all(len(row) for row in rows):
+            raise LclmError(
+                f"resuming behind {length} tokens: 1 to {self.start.min()} were read, "
+                "and every row needs a token to go on with"
+            )
+        self.caches = cut(self.engine.config, self.policy, self.caches, length)
+        self.start = np.full_like(self.start, length)
+        self.marks = Marks()
+        self.read(rows)
 
     def reserve(self, length: int) -> None:
         """Make room for rows of `length` tokens; stored slots keep their places.

@@ -107,3 +107,26 @@ def test_a_context_that_grew_is_rolled_back_saved_and_loaded(tmp_path):
     again, _, _ = snapshot.load(tmp_path / "context", session.engine)
     for a, b in zip(*map(jax.tree.leaves, (again.caches, session.caches)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("policy", ["full", "quest:budget=16,page=4,dense=0"])
+def test_a_resumed_context_is_that_of_the_new_text(policy):
+    lm = tiny_lm()
+    first, second = tokens(1, 37, seed=1)[0].tolist(), tokens(1, 30, seed=2)[0].tolist()
+    second = first[:13] + second[13:]
+    fresh = lm.prefill(second, cache=policy, room=16).generate([5, 6], 6)
+    context = lm.prefill(first, cache=policy, room=16)
+    context.generate([7, 8], 6, keep=True)
+    context.resume(second[13:], 13)
+    assert context.stats.prompt_tokens == 17
+    assert context.generate([5, 6], 6).tokens == fresh.tokens
+
+
+def test_a_cache_that_overwrites_is_not_resumed_nor_a_text_that_was_not_read():
+    lm, ids = tiny_lm(), tokens(1, 37, seed=1)[0].tolist()
+    with pytest.raises(LclmError, match="overwrites what it holds"):
+        lm.prefill(ids, cache="streaming:sinks=2,window=8").resume([1], 20)
+    context = lm.prefill(ids)
+    for at, more in ((0, [1]), (38, [1]), (20, [])):
+        with pytest.raises(LclmError, match=f"behind {at} tokens: 1 to 37"):
+            context.resume(more, at)
