@@ -38,6 +38,7 @@ from lclm.evals.base import (
 )
 
 LISTED = 16
+CHUNK = 512  # a prompt is gone back in by as many tokens as are read at a time
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class Asker:
         ids = self.lm.encode(prompt)
         alike = (a == b for a, b in zip(ids, self.ids, strict=False))
         at = min(sum(itertools.takewhile(bool, alike)), len(ids) - 1)
+        at -= at % CHUNK
         if at and len(ids) + new <= self.most:
             self.context.resume(ids[at:], at)
         else:

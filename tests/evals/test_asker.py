@@ -1,5 +1,6 @@
 """A grid's prompts that begin alike are read once as far as they agree."""
 
+from lclm.evals import retrieval
 from lclm.evals.base import Example, Query
 from lclm.evals.retrieval import Asker, Cell
 from tests.tiny import VOCAB, tiny_lm
@@ -27,8 +28,10 @@ def example(context):
     return Example(context, (Query("?", ("x",), max_new_tokens=6),))
 
 
-def test_answers_are_those_of_prompts_read_anew_and_less_is_read():
-    lm, texts = tiny_lm(), ["abcdefgh" * 4, "abcdefgh" * 2 + "x" * 16, "abcdefgh" * 4]
+def test_answers_are_those_of_prompts_read_anew_and_less_is_read(monkeypatch):
+    monkeypatch.setattr(retrieval, "CHUNK", 8)
+    whole = "abcdefgh" * 4
+    lm, texts = tiny_lm(), [whole, whole[:19] + "x" * 13, whole]
     lm.tokenizer = Letters()
     asker, cell = Asker(lm, "seen"), Cell(33, 0.5, 0, "full")
     read = []
