@@ -212,7 +212,9 @@ def speed(workers: dict[str, Worker], args: argparse.Namespace, table: "Table") 
             continue
         short = tokens[: budget + CHUNK]
         cache = OURS[name].format(budget=budget, window=budget - 4)
-        ask = known | {"cache": cache, "new": args.new}
+        # Of one size for both texts, also where that depends on the room (pyramidkv).
+        room = {"room": args.length + args.new}
+        ask = known | {"cache": cache, "new": args.new} | room
         answers: dict[str, list] = {library: [] for library in workers}
         floors = {}
         for turn in range(args.rounds + 1):

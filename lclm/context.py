@@ -93,7 +93,7 @@ class Context:
         """Read `tokens` behind the first `at`, in place of all that stands there.
 
         So texts that begin alike are read once as far as they agree. Marks are dropped.
-        Raises LclmError for caches that overwrite what they held (`full` does not).
+        Raises LclmError where not every layer holds all tokens (`lm.resumes(cache)`).
         """
         began = time.perf_counter()
         self.session.resume([list(tokens)] * self.session.rows, at)

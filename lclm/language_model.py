@@ -11,7 +11,7 @@ import numpy as np
 
 from lclm import cache as policies
 from lclm import hub
-from lclm.blocks.layer import state_bytes
+from lclm.blocks.layer import init_states, state_bytes
 from lclm.cache.base import CachePolicy, measured_bytes
 from lclm.config import ModelConfig
 from lclm.context import Context
@@ -23,6 +23,7 @@ from lclm.ops.sampling import Sampler
 from lclm.serve import recompute, snapshot
 from lclm.serve.calls import Engine, dense_logits, forms
 from lclm.serve.generate import Request
+from lclm.serve.marks import hindrance
 from lclm.serve.result import Generation, Stats, Stream
 from lclm.serve.session import Session
 from lclm.typing import Array, Float, Params
@@ -82,12 +83,7 @@ def load(
 
 
 class LanguageModel:
-    """A decoder with its parameters and tokenizer (None where the source has none).
-
-    Contexts of the policies in `resumes` may be resumed at any place of their text.
-    """
-
-    resumes = ("full",)
+    """A decoder with its parameters and tokenizer (None where the source has none)."""
 
     def __init__(
         self,
@@ -240,6 +236,16 @@ class LanguageModel:
         bundle = hub.Bundle(self.config, self.params, self.tokenizer, str(folder))
         writers[format](folder, bundle)
         return Path(folder)
+
+    def resumes(self, cache: Policy) -> bool:
+        """Whether contexts under a policy may `resume` at any place of their text."""
+        policy = self._policy(cache)
+        if policy.recompute:
+            return False
+        policy, _ = policy.resolve(self.config)
+        dtype = self._engine.cache_dtype
+        states = jax.eval_shape(lambda: init_states(self.config, policy, 1, 16, dtype))
+        return hindrance(self.config, policy, states) is None
 
     def cache_bytes(self, cache: Policy, length: int, batch: int = 1) -> int:
         """Bytes of caches and states for rows of `length` tokens, from shapes."""

@@ -90,6 +90,11 @@ class LanguageModel(Protocol):
         """A text read before its questions are known, `room` tokens kept for them."""
         ...
 
+    def resumes(self, cache: str) -> bool:
+        """Whether what `prefill` returns has `resume(tokens, at)` under a policy:
+        tokens read behind the first `at`, in place of what stands there."""
+        ...
+
     def cache_bytes(self, cache: str, length: int) -> int:
         """Peak bytes that a policy allocates for a text of `length` tokens."""
         ...

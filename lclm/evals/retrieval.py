@@ -105,12 +105,13 @@ def run_grid(
 class Asker:
     """Puts the questions of a grid to a model.
 
-    Questions that are read with their contexts share one cache where it only adds
-    tokens: of a prompt that begins like the one before, the rest alone is read.
+    Questions that are read with their contexts share one cache where it holds every
+    token: of a prompt that begins like the one before, the rest alone is read.
     """
 
     def __init__(self, lm: LanguageModel, questions: str):
         self.lm, self.questions = lm, questions
+        self.cache, self.shares = "", False
         self.context, self.ids, self.most = None, [], 0
 
     def answer(self, example: Example, cell: Cell) -> Record:
@@ -125,7 +126,10 @@ class Asker:
             return {
                 k: v for k, v in said.items() if k not in ("prompt_tokens", "seconds")
             }
-        if cell.cache in getattr(self.lm, "resumes", ()):
+        if cell.cache != self.cache:
+            self.cache, self.shares = cell.cache, self.lm.resumes(cell.cache)
+            self.context, self.ids = None, []
+        if self.shares:
             said, read = self._behind(example.prompt, new, cell.cache)
         else:
             said = read = self.lm.generate(

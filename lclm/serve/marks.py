@@ -108,34 +108,46 @@ def back(
     return each_cache(config, jax.tree.map(jnp.copy, mark.caches), whole)
 
 
+def hindrance(
+    config: ModelConfig, policy: CachePolicy, states: tuple[Any, ...]
+) -> str | None:
+    """Why there is no going back to a place that was not marked, or None.
+
+    There is where every layer holds all tokens and calls only add some.
+    """
+    if policy.kept is not None or policy.settles:
+        return "the cache drops tokens"
+    known = {layer.index: layer for layer in layers_of(config)}
+    for index, state in enumerate(states):
+        if index not in known:
+            return f"layer {index} is recurrent"
+        lasting = policy.over(known[index]).lasting(known[index])
+        if not {*range(len(state.groups)), *state.extra} <= set(lasting):
+            return f"layer {index} overwrites what it holds"
+    return None
+
+
 def cut(
     config: ModelConfig, policy: CachePolicy, states: tuple[Any, ...], length: int
 ) -> tuple[Any, ...]:
     """The states without what was read behind the first `length` tokens.
 
-    Raises LclmError unless all of them only add tokens.
+    Raises LclmError where there is a `hindrance`.
     """
+    reason = hindrance(config, policy, states)
+    if reason is not None:
+        raise LclmError(
+            f"{reason}: only a place that was marked can be gone back to; mark it "
+            "beforehand, or use 'full' with a model of full attention"
+        )
 
-    def part(cache: Cache, layer: Layer) -> Cache:
-        lasting = policy.over(layer).lasting(layer)
-        if not {*range(len(cache.groups)), *cache.extra} <= set(lasting):
-            raise LclmError(
-                f"layer {layer.index} overwrites what it holds, so no earlier place in "
-                "the text is left to go back to: mark it beforehand, or use 'full'"
-            )
+    def part(cache: Cache, _: Layer) -> Cache:
         groups = (
             KV(kv.k, kv.v, jnp.where(kv.pos < length, kv.pos, -1))
             for kv in cache.groups
         )
         return Cache(tuple(groups), cache.extra)
 
-    known = {layer.index for layer in layers_of(config)}
-    for index in range(len(states)):
-        if index not in known:
-            raise LclmError(
-                f"layer {index} is recurrent: it has no place in the text to go back "
-                "to but those that were marked"
-            )
     return each_cache(config, states, part)
 
 

@@ -127,5 +127,8 @@ class Scripted:
         said = " " + ", ".join(found) + "."
         return Said(self.tokenizer.decode(self.tokenizer.encode(said)[:max_new_tokens]))
 
+    def resumes(self, cache):
+        return False
+
     def cache_bytes(self, cache, length):
         return 1000 * (length if cache == "full" else 64)

@@ -10,6 +10,8 @@ import pytest
 from lclm import cache as policies
 from lclm.cache.base import measured_bytes
 from lclm.errors import LclmError
+from lclm.language_model import LanguageModel
+from lclm.models.presets import preset
 from lclm.serve import snapshot
 from lclm.serve.calls import Engine
 from lclm.serve.result import Stats
@@ -122,11 +124,28 @@ def test_a_resumed_context_is_that_of_the_new_text(policy):
     assert context.generate([5, 6], 6).tokens == fresh.tokens
 
 
-def test_a_cache_that_overwrites_is_not_resumed_nor_a_text_that_was_not_read():
-    lm, ids = tiny_lm(), tokens(1, 37, seed=1)[0].tolist()
-    with pytest.raises(LclmError, match="overwrites what it holds"):
-        lm.prefill(ids, cache="streaming:sinks=2,window=8").resume([1], 20)
-    context = lm.prefill(ids)
+@pytest.mark.parametrize(
+    ("model", "policy", "why"),
+    [
+        ({}, "streaming:sinks=2,window=8", "the cache drops tokens"),
+        ({}, "snapkv:budget=9,at=end", "the cache drops tokens"),
+        ({"windows": (None, 8)}, "full", "layer 1 overwrites"),
+    ],
+)
+def test_a_cache_that_does_not_hold_everything_is_not_resumed(model, policy, why):
+    lm, ids = tiny_lm(**model), tokens(1, 37, seed=1)[0].tolist()
+    assert not lm.resumes(policy)
+    with pytest.raises(LclmError, match=why):
+        lm.prefill(ids, cache=policy).resume([1], 20)
+
+
+def test_a_recurrent_layer_is_not_resumed():
+    lm = LanguageModel(preset("mini-bytes-mamba"), {"embed": {"table": jnp.ones(1)}})
+    assert not lm.resumes("full") and tiny_lm().resumes("full")
+
+
+def test_a_text_that_was_not_read_is_not_resumed():
+    context = tiny_lm().prefill(tokens(1, 37, seed=1)[0].tolist())
     for at, more in ((0, [1]), (38, [1]), (20, [])):
         with pytest.raises(LclmError, match=f"behind {at} tokens: 1 to 37"):
             context.resume(more, at)

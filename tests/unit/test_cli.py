@@ -50,6 +50,9 @@ class Echo:
     def encode(self, text):
         return self.tokenizer.encode(text)
 
+    def resumes(self, cache):
+        return False
+
     def cache_bytes(self, cache, length):
         return 0
 
