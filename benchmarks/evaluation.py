@@ -79,7 +79,7 @@ def measure(command: list[str], folder: Path) -> dict[str, float]:
     with (
         watching(load, language_model, "load"),
         watching(model, language_model.LanguageModel, "nll", "generate", "prefill"),
-        watching(model, context.Context, "generate", "nll", "score"),
+        watching(model, context.Context, "generate", "resume", "nll", "score"),
     ):
         total = run() - load.seconds
         again = run()

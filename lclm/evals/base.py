@@ -91,8 +91,10 @@ class LanguageModel(Protocol):
         ...
 
     def resumes(self, cache: str) -> bool:
-        """Whether what `prefill` returns has `resume(tokens, at)` under a policy:
-        tokens read behind the first `at`, in place of what stands there."""
+        """Whether what `prefill` returns under a policy has `resume(tokens, at)`.
+
+        It reads tokens behind the first `at`, in place of what stands there.
+        """
         ...
 
     def cache_bytes(self, cache: str, length: int) -> int:
