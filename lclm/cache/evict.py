@@ -50,6 +50,10 @@ class Evicting(Absolute):
     `ada` (at="end" only) gives a third of the kv heads that much more of the budget and
     a third that much less, by what each would hold of its layer's best slots.
 
+    `beta` gives early layers more of the budget and late ones less, as PyramidKV does
+    (arXiv 2406.02069; 20 there, 0: all alike): with c = budget - sinks - recent, from
+    2c - c / beta tokens to c / beta beside those protected; their mean is `budget`.
+
     A method says what it notes of each call (`note`) and, where a score is no sum of
     such notes, how slots are rated when some have to go (`rate`).
     """
@@ -60,6 +64,7 @@ class Evicting(Absolute):
     at: str = "chunk"
     decode: str = "keep"
     ada: float = 0.0
+    beta: int = 0
     bits: int = 0
     read: int = field(default=0, compare=False, repr=False)
 
@@ -73,12 +78,14 @@ class Evicting(Absolute):
         at_least(f"{name}: budget", self.budget, 1)
         at_least(f"{name}: sinks", self.sinks, 0)
         at_least(f"{name}: recent", self.protected_recent, 1)
+        at_least(f"{name}: beta", self.beta, 0)
         if self.at not in STAGES:
             raise LclmError(f"{name}: at is {self.at!r}; use 'chunk' or 'end'")
         if self.decode not in ("keep", "evict"):
             raise LclmError(f"{name}: decode is {self.decode!r}; use 'keep' or 'evict'")
         least = self.sinks + self.protected_recent
-        smallest = self.budget - round(self.ada * self.budget)
+        late = least + min(self._free, self._free // (self.beta or 1))
+        smallest = late - round(self.ada * late)
         if not 0 <= self.ada < 1:
             raise LclmError(f"{name}: ada is {self.ada}; use 0 (equal heads) to 1")
         if self.ada and (self.at == "chunk" or self.decode == "evict"):
@@ -111,9 +118,23 @@ class Evicting(Absolute):
         """Whether slots stay in order of position as tokens are decoded."""
         return False
 
+    @property
+    def _free(self) -> int:
+        """Tokens of the budget that no rule protects."""
+        return self.budget - self.sinks - self.protected_recent
+
     def share(self, layer: Layer, length: int) -> int:
         """Tokens a kv head of one layer keeps, of rows of up to `length`."""
-        return self.budget
+        free, protected = self._free, self.budget - self._free
+        if not self.beta or length < 2 * free or layer.layers == 1:
+            return self.budget
+        most = min(2 * free - free // self.beta, length - protected)
+        steps = 2 * (most - free)  # from the first layer to the last
+        last = layer.layers - 1
+        early = min(layer.rank, last - layer.rank)  # rounded alike from both ends
+        fall = steps * early // last
+        fall = fall if early == layer.rank else steps - fall
+        return most - fall + protected
 
     def capacity(self, layer: Layer, length: int) -> int:
         if self.at == "end":

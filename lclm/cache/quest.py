@@ -42,8 +42,8 @@ class Quest(CachePolicy):
     tokens read everything and only one-token calls choose; then losses depend on the
     chunk, and a question read in one call sees more than the answer behind it.
 
-    With `bits` every token is read as it is stored, a call's own too (but by a dense
-    prefill), and bounds are float32, of the decoded keys.
+    With `bits` layers that choose read every token as it is stored, a call's own too
+    (but by a dense prefill), and bounds are float32, of the decoded keys.
     """
 
     budget: int = 1024

@@ -122,25 +122,10 @@ class SnapKV(Evicting):
 class PyramidKV(SnapKV):
     """SnapKV with more for early layers and less for late ones (arXiv 2406.02069).
 
-    Budgets fall linearly with depth from 2c - c/beta to c/beta tokens, c = budget -
-    recent, beside the `recent` last; their mean over layers is `budget`.
+    `beta` of `Evicting`, which every method takes, with the paper's 20.
     """
 
     beta: int = 20
-
-    def share(self, layer: Layer, length: int) -> int:
-        """Tokens a kv head of one layer keeps, of rows of up to `length`."""
-        free = self.budget - self.protected_recent
-        if length < 2 * free or layer.layers == 1:
-            return self.budget
-        least = free // self.beta
-        most = min(2 * free - least, length - self.protected_recent)
-        least = 2 * free - most
-        last = layer.layers - 1
-        early = min(layer.rank, last - layer.rank)  # rounded alike from both ends
-        fall = (most - least) * early // last
-        fall = fall if early == layer.rank else most - least - fall
-        return most - fall + self.protected_recent
 
 
 @dataclass(frozen=True)

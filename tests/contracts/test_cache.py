@@ -40,7 +40,7 @@ OWN = (
 SIZED = [n for n in policies.POLICIES if policies.POLICIES[n].sizing]
 # Slots as codes: a few policies stand for all of them.
 CODED = [
-    "h2o:bits=4",
+    "h2o:bits=4,beta=4",
     "quantised:residual=8,group=4",
     "quest:bits=4",
     "infinipot:bits=4",
@@ -59,7 +59,7 @@ def make(name: str, budget: int) -> policies.CachePolicy:
     cls = policies.POLICIES[name]
     sizes = {"window", "budget"} & {f.name for f in dataclasses.fields(cls)}
     options = {k: int(v) for k, v in (x.split("=") for x in text.split(",") if x)}
-    return cls(**dict.fromkeys(sizes, budget), **GIVEN.get(name, {}), **options)
+    return cls(**dict.fromkeys(sizes, budget), **GIVEN.get(name, {}) | options)
 
 
 def session(name: str, budget: int, rows: int = 1, chunk: int = 16) -> Session:
@@ -90,7 +90,7 @@ def test_codes_of_a_whole_text_are_near_full_attention():
     assert 0 < np.mean(near) < 0.05
 
 
-@pytest.mark.parametrize("name", some([*STEADY, "quest:bits=4"], "streaming"))
+@pytest.mark.parametrize("name", some([*STEADY, "quest:bits=4,dense=0"], "streaming"))
 def test_losses_do_not_depend_on_the_chunk(name):
     text = tokens(1, LENGTH)
     whole = tiny_lm().nll(text, cache=make(name, 9), chunk=LENGTH)
@@ -195,7 +195,7 @@ def test_a_second_text_is_untouched_by_the_first_and_compiles_nothing(name):
     assert compiled == (calls.decode._cache_size(), calls.read_last._cache_size())
 
 
-@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("name", [*CHOOSING, "locret:beta=4", "h2o:bits=4,beta=4"])
 def test_a_chosen_cache_is_full_sorted_and_holds_what_it_protects(name):
     held = session(name, 9, rows=3)
     held.read(

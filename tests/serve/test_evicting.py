@@ -254,6 +254,10 @@ def test_pyramidkv_falls_with_depth_and_spends_the_same_tokens():
         layers = [Layer(i, SPEC, rank=i, layers=depth) for i in range(depth)]
         shares = [policy.share(layer, 90 + 40 * length) for layer in layers]
         assert sum(shares) == depth * policy.budget
+    with pytest.raises(LclmError, match="budget 10 is below the 32 tokens"):
+        PyramidKV(budget=10, recent=32)
+    with pytest.raises(LclmError, match="budget 20 is below the 32 tokens"):
+        PyramidKV(budget=200, recent=32, beta=20, at="end", ada=0.5)
 
 
 @pytest.mark.slow
