@@ -102,51 +102,45 @@ def scans(small: bool) -> Iterator[Case]:
             yield Case(f"scan with gradients {size}", args, both, work, peer)
 
 
-def cudnn(q, k, v, *, window: int | None = None) -> tuple:
-    """Dense causal or window attention of cuDNN, as JAX calls it."""
+def cudnn_window(q, k, v, *, window: int) -> tuple:
+    """Window attention of cuDNN, as JAX calls it."""
     out = jax.nn.dot_product_attention(
         q, k, v, is_causal=True, implementation="cudnn",
-        local_window_size=None if window is None else (window - 1, 0),
+        local_window_size=(window - 1, 0),
     )  # fmt: skip
     return (out,)
 
 
-def splash(q, k, v, *, window: int | None = None) -> tuple:
-    """Dense causal or window attention of JAX's splash kernel (TPU)."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernels,
-    )
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_mask as shapes,
-    )
+def splash_window(q, k, v, *, window: int) -> tuple:
+    """Window attention of JAX's splash kernel (TPU)."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as package
 
     T = q.shape[1]
-    seen = shapes.CausalMask((T, T))
-    if window is not None:
-        seen = shapes.LocalMask((T, T), (window - 1, 0), 0)
-    mask = shapes.MultiHeadMask([seen] * q.shape[2])
-    run = kernels.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
+    seen = package.LocalMask((T, T), (window - 1, 0), 0)
+    sizes = {"block_q": 512, "block_kv": 512, "block_q_dq": 512, "block_kv_dq": 512}
+    run = package.make_splash_mha(
+        package.MultiHeadMask([seen] * q.shape[2]), head_shards=1, q_seq_shards=1,
+        block_sizes=package.BlockSizes(**sizes, block_q_dkv=512, block_kv_dkv=512),
+    )  # fmt: skip
     q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[3] ** -0.5, k, v))
     return (jax.vmap(run)(q, k, v).swapaxes(1, 2),)
 
 
-def tokamax(q, k, v) -> tuple:
-    """Dense causal attention of tokamax, which is no requirement of ours."""
-    package = importlib.import_module("tokamax")
-    return (package.dot_product_attention(q, k, v, is_causal=True),)
-
-
-def dense_rivals(window: int | None) -> Rivals:
+def dense_rivals(run: Callable, window: int | None) -> Rivals:
     """Others' kernels of this platform for causal attention, within a window or not."""
-    found = {"gpu": {"cudnn": cudnn}, "tpu": {"splash": splash}}
-    rivals = {
-        name: functools.partial(run, window=window)
-        for name, run in found.get(dispatch.platform(), {}).items()
+    names = {"gpu": "cudnn", "tpu": "splash"}
+    name = names.get(dispatch.platform())
+    if name is None:
+        return {}
+    if window is not None:
+        found = {"cudnn": cudnn_window, "splash": splash_window}
+        return {name: functools.partial(found[name], window=window)}
+    there = [name, *["tokamax"] * bool(importlib.util.find_spec("tokamax"))]
+    # Their gradients are those of the output alone.
+    return {
+        name: lambda *args, name=name: run(*args, implementation=name)[:1]
+        for name in there
     }
-    there = importlib.util.find_spec("tokamax") is not None
-    if window is None and there and dispatch.platform() != "cpu":
-        rivals["tokamax"] = tokamax
-    return rivals
 
 
 def attentions(small: bool) -> Iterator[Case]:
@@ -155,16 +149,16 @@ def attentions(small: bool) -> Iterator[Case]:
     N, K, H = (2, 1, 64) if small else (32, 8, 128)
     for T in lengths:
         causal = masks.causal()
-        kinds = {"dense": (causal, dense_rivals(None), {})}
+        kinds = {"dense": (causal, {})}
         for w in (128,) if small else (512, 1024, 4096):
             near = causal & (masks.sink(4) | masks.window(w))
             told = {"window": w}
-            kinds[f"window {w}"] = masks.window(w), dense_rivals(w), told
-            kinds[f"sinks 4 window {w}"] = near, {}, told | {"sinks": 4}
+            kinds[f"window {w}"] = masks.window(w), told
+            kinds[f"sinks 4 window {w}"] = near, told | {"sinks": 4}
         stripes = causal & masks.block_sparse(128, local=4, stride=8)
         told = {"block": 128, "local": 4, "stride": 8}
-        kinds["blocks of 128, local 4, stride 8"] = stripes, {}, told
-        for kind, (mask, rivals, told) in kinds.items():
+        kinds["blocks of 128, local 4, stride 8"] = stripes, told
+        for kind, (mask, told) in kinds.items():
             args = functools.partial(
                 draw, (1, T, N, H), (1, T, K, H), (1, T, K, H), dtype=jnp.bfloat16
             )
@@ -172,7 +166,9 @@ def attentions(small: bool) -> Iterator[Case]:
             def run(q, k, v, mask=mask, implementation=None):
                 return attention(q, k, v, mask=mask, implementation=implementation)
 
-            rivals = by_name(run) | rivals
+            rivals = by_name(run)
+            if not {"sinks", "block"} & {*told}:
+                rivals |= dense_rivals(run, told.get("window"))
             work = {
                 "flops": float(mask.flops(T, T, heads=N, head_dim=H)),
                 "bytes": 2.0 * T * H * 2 * (N + K),

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from lclm import cache as policies
-from lclm.cache.base import measured_bytes
+from lclm.cache.base import layers_of, measured_bytes
 from lclm.errors import LclmError
 from lclm.language_model import LanguageModel, Policy
 from lclm.ops.sampling import Sampler
@@ -15,14 +15,16 @@ from lclm.serve.generate import Request, generate, results
 from lclm.serve.result import Stats, Stream
 from lclm.serve.session import Session
 
+BOUNDED = "streaming:sinks=4,window=2044"
 ROOM = 2048  # a cache that grows with the text grows by this many tokens
 
 
 class Conversation:
     """Messages, and the cache of all that has been said.
 
-    A bounded policy keeps the memory of an endless conversation constant; "full" grows
-    by ROOM tokens at a time. `system` is a message to begin with. Raises LclmError for
+    A bounded policy keeps the memory of an endless conversation constant, and BOUNDED
+    is what is taken for models with attention; "full" grows by ROOM tokens at a time.
+    `system` is a message to begin with. Raises LclmError for
     a model without tokenizer or chat template, and for policies that cut a prompt at
     its end: a conversation has none.
     """
@@ -30,11 +32,13 @@ class Conversation:
     def __init__(
         self,
         lm: LanguageModel,
-        cache: Policy = "streaming:sinks=4,window=2044",
+        cache: Policy | None = None,
         *,
         system: str | None = None,
         chunk: int = 512,
     ):
+        if cache is None:
+            cache = BOUNDED if layers_of(lm.config) else "full"
         policy = policies.make(cache).encoded(lm.tokenizer)
         if lm.tokenizer is None:
             raise LclmError(
@@ -44,7 +48,7 @@ class Conversation:
         if policy.recompute or policy.settles:
             raise LclmError(
                 f"{cache!r} has no cache that one turn hands to the next; use "
-                "'full', or a bounded policy such as 'streaming:sinks=4,window=2044'"
+                f"'full', or a bounded policy such as {BOUNDED!r}"
             )
         self.lm, self.policy, self.chunk = lm, policy, chunk
         self.messages: list[dict[str, Any]] = []

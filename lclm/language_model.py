@@ -12,7 +12,7 @@ import numpy as np
 from lclm import cache as policies
 from lclm import hub
 from lclm.blocks.layer import init_states, state_bytes
-from lclm.cache.base import CachePolicy, measured_bytes
+from lclm.cache.base import CachePolicy, fit, measured_bytes
 from lclm.config import ModelConfig
 from lclm.context import Context
 from lclm.errors import LclmError
@@ -250,8 +250,7 @@ class LanguageModel:
     def cache_bytes(self, cache: Policy, length: int, batch: int = 1) -> int:
         """Bytes of caches and states for rows of `length` tokens, from shapes."""
         dtype = self._engine.cache_dtype
-        policy = self._policy(cache).fitted(self.config, dtype, length)
-        policy, _ = policy.resolve(self.config)
+        policy, _ = fit(self._policy(cache), self.config, dtype, length)
         return state_bytes(self.config, policy, batch, length, dtype)
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:

@@ -33,6 +33,8 @@ class Call:
     dtype: jnp.dtype
     kv_dtype: jnp.dtype
     platform: str
+    sink: bool = False
+    segments: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +59,14 @@ class Implementation:
 
     `backward` is where its gradients are, for one whose parts can be joined; `pages` is
     where it reads listed pages, and `best` where it chooses them, for one that attends
-    to caches.
+    to caches. `library`: it is of others; `named`: it runs only where it is asked for.
     """
 
     target: str
     supports: Callable[[Any], str | None]
     backward: str | None = None
+    library: bool = False
+    named: bool = False
     pages: str | None = None
     best: str = "pallas_kernels.decode.pages:_best"
 
@@ -142,6 +146,28 @@ def _mosaic_gpu(call: Call) -> str | None:
     return gpu.refuses(call)
 
 
+def _cudnn(call: Call) -> str | None:
+    if call.platform != "gpu":
+        return f"it runs on gpu, and this is {call.platform}"
+    from pallas_kernels.attention import library
+
+    return library.refuses_cudnn(call)
+
+
+def _splash(call: Call) -> str | None:
+    if call.platform != "tpu":
+        return f"it runs on tpu, and this is {call.platform}"
+    from pallas_kernels.attention import library
+
+    return library.refuses_splash(call)
+
+
+def _tokamax(call: Call) -> str | None:
+    from pallas_kernels.attention import library
+
+    return library.refuses_tokamax(call)
+
+
 def _decode_tpu(call: Decode) -> str | None:
     if call.platform != "tpu":
         return f"it runs on tpu, and this is {call.platform}"
@@ -162,6 +188,12 @@ def _decode_gpu(call: Decode) -> str | None:
 
 # In the order in which they are tried.
 IMPLEMENTATIONS: dict[str, Implementation] = {
+    "cudnn": Implementation(
+        "pallas_kernels.attention.library:cudnn",
+        _cudnn,
+        "pallas_kernels.attention.library:backward",
+        library=True,
+    ),
     "mosaic_tpu": Implementation(
         "pallas_kernels.attention.tpu:attend",
         _mosaic_tpu,
@@ -178,6 +210,20 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         "pallas_kernels.attention.vjp:backward",
     ),
     "reference": Implementation("pallas_kernels.attention.reference:attend", _small),
+    "splash": Implementation(
+        "pallas_kernels.attention.library:splash",
+        _splash,
+        "pallas_kernels.attention.library:backward",
+        library=True,
+        named=True,
+    ),
+    "tokamax": Implementation(
+        "pallas_kernels.attention.library:tokamax",
+        _tokamax,
+        "pallas_kernels.attention.library:backward",
+        library=True,
+        named=True,
+    ),
 }
 
 
@@ -202,8 +248,13 @@ DECODE: dict[str, Implementation] = {
 }
 
 
-def select(call: Call | Decode, implementation: str | None) -> Implementation:
-    """What runs `call`; ValueError if none, or not the named one, can run."""
+def select(
+    call: Call | Decode, implementation: str | None, *, own: bool = False
+) -> Implementation:
+    """What runs `call`; ValueError if none, or not the named one, can run.
+
+    `own`: where none is named, no library's kernel is taken.
+    """
     known = DECODE if isinstance(call, Decode) else IMPLEMENTATIONS
     if implementation is not None and implementation not in known:
         raise ValueError(
@@ -212,7 +263,10 @@ def select(call: Call | Decode, implementation: str | None) -> Implementation:
         )
     names = [implementation]
     if implementation is None:
-        names = sorted(known, key=lambda name: name != preferred())
+        first = preferred()
+        names = sorted(known, key=lambda name: name != first)
+        names = [n for n in names if n == first or not known[n].named]
+        names = [n for n in names if not (own and known[n].library)]
     reasons = []
     for name in names:
         reason = known[name].supports(call)

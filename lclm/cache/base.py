@@ -168,6 +168,7 @@ class CachePolicy:
     `bits`: slots hold codes of 2, 4 or 8 bits (0: numbers). A call's own tokens are
     read as they are, those before it as stored; layers with a pattern hold numbers.
     `sizing`: the option, in tokens, that sets the bytes of a cache, if one does.
+    `anywhere`: it has a meaning for models without attention layers too.
     """
 
     needs: ClassVar[Needs] = Needs()
@@ -175,6 +176,7 @@ class CachePolicy:
     per_head: ClassVar[bool] = False
     compacts: ClassVar[bool] = False
     recompute: ClassVar[bool] = False
+    anywhere: ClassVar[bool] = False
     overflow: ClassVar[Overflow | None] = None
     sizing: ClassVar[str] = ""
     bits = 0  # not annotated: policies make it a field, in their own order
@@ -314,6 +316,24 @@ class CachePolicy:
         The first token of a row has none and is told 0; padding is at position -1.
         """
         return cache
+
+
+def fit(
+    policy: CachePolicy, config: ModelConfig, dtype: Any, length: int
+) -> tuple[CachePolicy, Any]:
+    """A policy as it runs over one model, and the parameters it brings (`resolve`).
+
+    Raises:
+      LclmError: nothing to keep or drop in a model without attention layers; a size in
+        bytes below what is protected; gates or heads that were made for another model.
+    """
+    policy = policy.fitted(config, dtype, length)
+    if not policy.anywhere and not layers_of(config):
+        raise LclmError(
+            f"{type(policy).__name__.lower()}: {config.family} has no attention "
+            "layer whose tokens could be kept or dropped; use 'full'"
+        )
+    return policy.resolve(config)
 
 
 def measured_bytes(caches: Any) -> int:

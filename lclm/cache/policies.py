@@ -71,6 +71,7 @@ class Full(Absolute):
 
     limit: int | None = None
     bits: int = 0
+    anywhere: ClassVar[bool] = True
 
     def __post_init__(self):
         check_bits("full", self.bits)
@@ -225,6 +226,7 @@ class Recompute(CachePolicy):
     window: int = 1024
     stride: int = 1
     recompute: ClassVar[bool] = True
+    anywhere: ClassVar[bool] = True
 
     def __post_init__(self):
         at_least("recompute: window", self.window, 1)

@@ -12,7 +12,7 @@ def main(argv: Sequence[str]) -> None:
     parser = options.Parser("chat", "Talk to a model; Ctrl-D leaves.")
     options.model_options(parser)
     parser.add_argument("--system", help="a system message to begin with")
-    options.cache_options(parser, "streaming:sinks=4,window=2044")
+    options.cache_options(parser, None, "streaming:sinks=4,window=2044")
     options.sampling_options(parser)
     parser.add_argument("--stats", action="store_true", help="measure each answer")
     args = parser.parse_args(argv)

@@ -42,13 +42,15 @@ def model_options(parser: Parser) -> None:
     )
 
 
-def cache_options(parser: Parser, default: str = "full") -> None:
-    """Cache policy and prefill chunk."""
+def cache_options(
+    parser: Parser, default: str | None = "full", shown: str = ""
+) -> None:
+    """Cache policy and prefill chunk; `shown` says what no default stands for."""
     parser.add_argument(
         "--cache",
         default=default,
         metavar="NAME:KEY=VALUE,...",
-        help=f"cache policy ({default})",
+        help=f"cache policy ({default or shown})",
     )
     parser.add_argument(
         "--chunk", type=positive, default=512, help="tokens per prefill step"

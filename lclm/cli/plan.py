@@ -56,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
 
     from lclm import cache
     from lclm.blocks.layer import state_sizes
+    from lclm.cache.base import fit
     from lclm.serve.memory import available_bytes, format_bytes
 
     policies = [cache.make(text) for text in args.cache or ["full"]]
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     for text, policy in zip(args.cache or ["full"], policies, strict=True):
         row = []
         for length in args.context:
-            made, _ = policy.fitted(config, dtype, length).resolve(config)
+            made, _ = fit(policy, config, dtype, length)
             kept, state = state_sizes(config, made, args.batch, length, dtype)
             fits = free is None or weights + kept + state <= free
             row.append(format_bytes(kept) + ("" if fits else " (does not fit)"))

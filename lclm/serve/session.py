@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lclm.blocks.layer import init_states, state_bytes
-from lclm.cache.base import CachePolicy
+from lclm.cache.base import CachePolicy, fit
 from lclm.errors import LclmError
 from lclm.learned import Model
 from lclm.ops.sampling import Sampler
@@ -50,8 +50,7 @@ class Session:
         if engine.params:
             model = Model(engine.name, engine.params["embed"]["table"])
             policy.verify(engine.config, model)
-        policy = policy.fitted(engine.config, engine.cache_dtype, length)
-        policy, params = policy.resolve(engine.config)
+        policy, params = fit(policy, engine.config, engine.cache_dtype, length)
         if params is not None:
             params = jax.tree.map(jnp.asarray, params)
             engine = dataclasses.replace(engine, policy_params=params)

@@ -43,13 +43,15 @@ def attention(
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value}: must be positive and finite, or None")
     spec = Spec(mask, scale, softcap, int(offset))
-    run = dispatch.select(_call(spec, q, k, v), implementation).load()
+    call = _call(spec, q, k, v, sink is not None, q_segment_ids is not None)
+    run = dispatch.select(call, implementation).load()
     return run(spec, q, k, v, sink, q_segment_ids, kv_segment_ids)
 
 
-def _call(spec: Spec, q, k, v) -> "dispatch.Call":
+def _call(spec: Spec, q, k, v, sink: bool, segments: bool) -> "dispatch.Call":
     kinds = q.dtype, jnp.result_type(k, v)
-    return dispatch.Call(spec, q.shape, k.shape, v.shape, *kinds, dispatch.platform())
+    facts = *kinds, dispatch.platform(), sink, segments
+    return dispatch.Call(spec, q.shape, k.shape, v.shape, *facts)
 
 
 def gradients(
@@ -70,7 +72,8 @@ def gradients(
     _check(q, k, v, mask, None, (q_segment_ids, kv_segment_ids))
     spec = Spec(mask, float(scale), softcap)
     saved = (q, k, v, None, q_segment_ids, kv_segment_ids, out, lse)
-    backward = dispatch.select(_call(spec, q, k, v), None).load_backward()
+    call = _call(spec, q, k, v, False, q_segment_ids is not None)
+    backward = dispatch.select(call, None).load_backward()
     return backward(spec, saved, cotangents)[:3]
 
 

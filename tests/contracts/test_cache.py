@@ -1,6 +1,7 @@
 """Laws every cache policy keeps, over every entry of the table."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,21 @@ from lclm import cache as policies
 from lclm.blocks.layer import init_states, state_bytes
 from lclm.cache.base import measured_bytes
 from lclm.cache.evict import Evicting
+from lclm.config import (
+    AttentionSpec,
+    LayerSpec,
+    MlpSpec,
+    ModelConfig,
+    RopeSpec,
+    Run,
+    find_runs,
+)
+from lclm.errors import LclmError
+from lclm.language_model import LanguageModel
+from lclm.models.decoder import init_params
 from lclm.serve.session import Session
-from tests.tiny import dense_nll, tiny_config, tiny_lm, tokens
+from lclm.specs import MambaSpec
+from tests.tiny import dense_nll, lively, tiny_config, tiny_lm, tokens
 
 LENGTH = 40
 CACHED = [n for n in policies.POLICIES if not policies.POLICIES[n].recompute]
@@ -36,6 +50,8 @@ OWN = (
     "infinipot",
     "quantised",
 )
+# Of the policies over models of other kinds, those that `make test` runs.
+QUICK = [("jamba", "streaming"), ("longgen", "h2o")]
 # Policies whose size may be given in bytes.
 SIZED = [n for n in policies.POLICIES if policies.POLICIES[n].sizing]
 # Slots as codes: a few policies stand for all of them.
@@ -81,6 +97,70 @@ def test_a_budget_of_the_whole_text_equals_full_attention(name):
     text = tokens(2, LENGTH)
     nll = tiny_lm().nll(text, cache=make(name, LENGTH), chunk=16)
     np.testing.assert_allclose(nll, dense_nll(tiny_lm(), text), atol=3e-5)
+
+
+def hybrid(kind: str) -> ModelConfig:
+    """Layers of other kinds beside attention, or attention of several kinds."""
+    full, mlp = AttentionSpec(4, 2, 8, RopeSpec(context=64)), MlpSpec(48)
+    window, sparse, sinks = (
+        dataclasses.replace(full, **change)
+        for change in (
+            {"window": 6},
+            {"pattern": "block_sparse:block=4,local=2,stride=3,kv_heads=2"},
+            {"window": 6, "sinks": 3},
+        )
+    )
+    mixers = {
+        "jamba": (MambaSpec(48, 2), full, MambaSpec(48, 2), full),
+        "longgen": (sinks, full, sparse, full),
+        "gemma": (window, window, full, full),
+    }[kind]
+    layers = tuple(LayerSpec(mixer, mlp) for mixer in mixers)
+    return ModelConfig(kind, 97, 32, find_runs(layers), 64)
+
+
+@functools.cache
+def hybrid_lm(kind: str) -> LanguageModel:
+    config = hybrid(kind)
+    return LanguageModel(config, lively(init_params(config, jax.random.key(0))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(kind, name, marks=[pytest.mark.slow] * ((kind, name) not in QUICK))
+        for kind in ("jamba", "longgen", "gemma")
+        for name in CACHED
+    ],
+)
+def test_every_policy_runs_over_every_kind_of_model(kind, name):
+    """The whole text kept: as under "full"; less kept: less is allocated."""
+    lm, text = hybrid_lm(kind), tokens(2, LENGTH)
+    full = lm.nll(text, cache="full", chunk=16)
+    whole, small = make(name, LENGTH), make(name, 9)
+    if name == "duo":
+        whole, small = (
+            dataclasses.replace(x, heads=(), gates="random") for x in (whole, small)
+        )
+    nll = lm.nll(text, cache=whole, chunk=16)
+    np.testing.assert_allclose(nll, full, atol=3e-5)
+    assert np.isfinite(lm.nll(text, cache=small, chunk=16)).all()
+    if small.kept is not None:
+        assert lm.cache_bytes(small, LENGTH) < lm.cache_bytes("full", LENGTH)
+    (made,) = lm.generate(text[:1].tolist(), 4, cache=small, chunk=16)
+    assert len(made.tokens) == 4
+
+
+@pytest.mark.parametrize("name", ["h2o", "streaming", "quest", "duo", "locret"])
+def test_a_model_without_attention_has_nothing_to_keep_or_drop(name):
+    layer = LayerSpec(MambaSpec(48, 2), None)
+    config = ModelConfig("mamba", 97, 32, (Run((layer,), 2),), 64)
+    lm = LanguageModel(config, init_params(config, jax.random.key(0)))
+    asked = make(name, 9)
+    with pytest.raises(LclmError, match=r"no attention layer.*use 'full'"):
+        lm.nll(tokens(1, 20), cache=asked)
+    with pytest.raises(LclmError, match=r"no attention layer.*use 'full'"):
+        lm.cache_bytes(asked, 20)
 
 
 def test_codes_of_a_whole_text_are_near_full_attention():

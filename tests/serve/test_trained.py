@@ -1,8 +1,8 @@
-"""Facts outside the window, with an induction head and retaining heads that were trained.
+"""Facts outside the window, with an induction model, heads and gates that were trained.
 
-Two layers of attention learn from scratch, in half a minute, to give the value that stood
-behind a key somewhere in random filler; then Locret's heads learn from them which tokens
-will be asked for.
+Two layers of attention learn from scratch, in half a minute, to give the value that
+stood behind a key somewhere in random filler; then Locret's heads learn from them which
+tokens will be asked for, and DuoAttention's gates which heads look so far back.
 """
 
 import functools
@@ -50,40 +50,40 @@ def model() -> LanguageModel:
     return train(CONFIG, facts, steps=2000, rate=5e-3, scale=True)
 
 
-def heads(folder) -> str:
-    """Retaining heads trained on what the questions look at."""
+def learned(folder, objective: str, rate: float) -> tuple[str, dict[str, np.ndarray]]:
+    """What an objective trains where keys are asked for: its file and its numbers."""
     run = train_config(
         dict(
-            name="heads",
+            name="extra",
             model=dict(source="tiny"),
             data=dict(source="kjv"),
             steps=STEPS,
             batch=ROWS,
             length=LENGTH + KEYS,
             compute="float32",
-            objective="locret_heads:hidden=32",
-            optimizer=dict(lr=0.01, weight_decay=0.0, warmup=0),
+            objective=objective,
+            optimizer=dict(lr=rate, weight_decay=0.0, warmup=0),
         )
     )
     made, rng = Trainer(run, CONFIG, model().params), np.random.default_rng(1)
     state = made.state
     for _ in range(STEPS):
         text = np.pad(facts(rng, ROWS)[0], ((0, 0), (0, 1)))
-        asks = np.zeros_like(text)
-        asks[:, LENGTH : LENGTH + KEYS] = 1
-        batch = make_batch(text, np.ones_like(text), asks)
+        told = np.zeros_like(text)
+        told[:, LENGTH + 1 :] = 1  # the tokens behind the keys
+        batch = make_batch(text, np.ones_like(text), told)
         batch = {name: jnp.asarray(x) for name, x in batch.items()}
         state, _ = made.step(state, made.frozen, batch)
     own = {
         path.removeprefix("objective/"): np.asarray(x)
         for path, x in state.params.items()
     }
-    base = fingerprint(model().params["embed"]["table"])
-    extra = Extra("locret_heads", "learner", own, shape(CONFIG), {}, base)
-    return str(save_extra(folder, extra))
+    base, kind = fingerprint(model().params["embed"]["table"]), objective.split(":")[0]
+    extra = Extra(kind, "learner", own, shape(CONFIG), {}, base)
+    return str(save_extra(folder, extra)), own
 
 
-def found(policy: str) -> float:
+def found(policy: str | dict) -> float:
     """Share of values told when keys are asked one by one behind the text."""
     lm, (texts, values) = model(), facts(np.random.default_rng(99), 64)
     held = Session(
@@ -99,12 +99,24 @@ def found(policy: str) -> float:
 
 
 @pytest.mark.slow
-def test_trained_models_hold_facts_where_streaming_guesses(tmp_path):
+def test_quest_and_trained_heads_hold_facts_where_streaming_guesses(tmp_path):
     near = found(f"streaming:sinks={SINKS},window={BUDGET - SINKS}")
     assert near < 0.4
     assert found("full") > 0.98
-    assert found(f"quest:budget={BUDGET},page=4,dense=1") > 0.95
-    kept = found(f"locret:budget={BUDGET},heads={heads(tmp_path)}")
-    by_chance = found(f"locret:budget={BUDGET},heads=random")
-    assert kept > 0.9
-    assert by_chance < 0.6
+    asked = found(f"quest:budget={BUDGET},page=4,dense=1")
+    assert asked > 0.95
+    assert asked >= max(found(f"{name}:budget={BUDGET}") for name in ("h2o", "tova"))
+    heads, _ = learned(tmp_path, "locret_heads:hidden=32,asks=predictors", 0.01)
+    assert found(f"locret:budget={BUDGET},heads={heads}") > 0.9
+    assert found(f"locret:budget={BUDGET},heads=random") < 0.6
+
+
+@pytest.mark.slow
+def test_trained_gates_pick_the_heads_that_look_back(tmp_path):
+    sizes = {"sinks": SINKS, "window": BUDGET - SINKS}
+    near = ",".join(f"{name}={size}" for name, size in sizes.items())
+    gates, own = learned(tmp_path, f"duo_gates:{near},penalty=0.05", 0.02)
+    assert found(f"duo:{near},sparsity=0.75,gates={gates}") > 0.9
+    last = own["alpha"] == own["alpha"].max()
+    full = tuple(tuple(bool(x) for x in layer) for layer in ~last)
+    assert found({"name": "duo", "heads": full, **sizes}) < 0.6
