@@ -152,7 +152,8 @@ class Streaming(CachePolicy):
     are those of the cache: a query sits at min(i, sinks + window). Recent keys are
     stored rotated at their true positions, which gives the same distances; only the
     sinks need a second query, rotated at its place in the cache, and the two parts are
-    merged by their log-sum-exp.
+    merged by their log-sum-exp. Layers with a pattern or a narrower window of their own
+    keep what they see, as under "full".
     """
 
     sinks: int = 4
@@ -173,9 +174,12 @@ class Streaming(CachePolicy):
     def far(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"] | None:
         return jnp.minimum(positions, self.sinks + self.window) if self.sinks else None
 
+    def over(self, layer: Layer) -> CachePolicy:
+        return Full(bits=self.bits) if sees_part(layer, self.kept) else self
+
     def groups(self, layer: Layer, length: int) -> tuple[HeadGroup, ...]:
         heads = tuple(range(layer.spec.kv_heads))
-        return HeadGroup(heads, self.sinks), HeadGroup(heads, self._recent(layer))
+        return HeadGroup(heads, self.sinks), HeadGroup(heads, self.window)
 
     def attend(
         self,
@@ -188,14 +192,8 @@ class Streaming(CachePolicy):
         """See the class: recent band and sinks as two calls of one operation."""
         spec = layer.spec
         first, recent = cache.groups
-        if spec.static:
-            raise LclmError(
-                f"streaming with a layer of {spec.sinks} sinks and pattern "
-                f"{spec.pattern!r} of its own: two patterns do not mix; use 'full', "
-                "which keeps what such a layer sees"
-            )
         fixed_angles("streaming", layer)
-        band = self._recent(layer) + 1
+        band = self.window + 1
         q = step.rotate(heads.q, spec.rope)
         new = read.new_tokens(heads, step, layer)
         parts = [
@@ -209,9 +207,6 @@ class Streaming(CachePolicy):
         out, _ = read.combine(parts, sink)
         recent = write.ring(recent, new, step.after(out), self.sinks)
         return out, Cache((first, recent), cache.extra)
-
-    def _recent(self, layer: Layer) -> int:
-        return min(self.window, (layer.spec.window or self.window + 1) - 1)
 
 
 @dataclass(frozen=True)

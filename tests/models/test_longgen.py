@@ -218,10 +218,6 @@ def test_infini_layers_compute_what_the_base_does_inside_one_segment():
             ),
             "kv_heads=3",
         ),
-        (
-            lambda: model("sink", "full").generate([1, 2], 1, cache="streaming"),
-            "sinks and pattern",
-        ),
     ],
 )
 def test_what_cannot_work_is_refused(make, text):
