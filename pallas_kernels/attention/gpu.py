@@ -231,7 +231,8 @@ class Kernel:
     """One kernel: `tile` blocks stay in place, blocks of another kind come in.
 
     `stay` and `come` are the numbers of matrices of each; the mask is read with keys
-    across, or with `turned` keys down.
+    across, or with `turned` keys down. A block is worked on in `parts`, where the
+    registers do not hold the scores of all its rows.
     """
 
     tiling: Tiling
@@ -245,6 +246,7 @@ class Kernel:
     segmented: bool
     dtype: jnp.dtype
     width: int
+    parts: int = 1
 
     def run(self, body: Callable, operands, fetch: Callable, place, outputs, parts):
         """Run `body(visits, *refs)` on every tile.
@@ -282,7 +284,8 @@ class Kernel:
                         plgpu.barrier_wait(bar.at[wg])
                     body(visits, held, out)
 
-            tiles = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+            span = 64 // self.parts  # columns of 16 bits: the least depth of a product
+            tiles = (plgpu.TilingTransform((8, span)), plgpu.SwizzleTransform(2 * span))
 
             def matrix(*shape):
                 return plgpu.SMEM(shape, self.dtype, transforms=tiles)
@@ -292,7 +295,7 @@ class Kernel:
                 scoped,
                 [matrix(GROUPS, GROUP, self.width)] * self.stay,
                 [matrix(self.stages, self.size, self.width)] * self.come,
-                matrix(GROUPS, GROUP, self.size) if interpret else None,
+                matrix(GROUPS, GROUP, self.size // self.parts) if interpret else None,
                 [plgpu.Barrier(num_barriers=GROUPS)] * self.stay,
                 [plgpu.Barrier(**count)] * self.come,
                 [plgpu.Barrier(num_arrivals=GROUPS, **count)] * self.come,
@@ -324,7 +327,7 @@ class Visits:
         self.b, self.h, t, self.wg = place
         self.begin, self.middle, self.end = begin[t], middle[t], end[t]
         self.first = t * ROWS + self.wg * GROUP
-        self.shape = (GROUP, kernel.size)
+        self.shape = (GROUP, kernel.size // kernel.parts)
         self.coming, self.full, self.done = [], [], []
 
     def stream(self, fetch: Callable) -> None:
@@ -353,14 +356,16 @@ class Visits:
                     plgpu.barrier_wait(done.at[slot])
 
     def fold(self, step: Callable, carry):
-        """`step(visit, carry)` at every block."""
+        """`step(visit, carry)` at every part of every block."""
         for masked, low, high in (
             (False, self.begin, self.middle),
             (True, self.middle, self.end),
         ):
 
             def some(n, carry, masked=masked):
-                return step(Visit(self, n, masked), carry)
+                for part in range(self.kernel.parts):
+                    carry = step(Visit(self, n, masked, part), carry)
+                return carry
 
             carry = lax.fori_loop(low, high, some, carry)
         return carry
@@ -375,26 +380,32 @@ class Visits:
 
 
 class Visit:
-    """One block that came in, number `n` of the walk."""
+    """A part of the block that came in as number `n` of the walk."""
 
-    def __init__(self, visits: Visits, n, masked: bool):
+    def __init__(self, visits: Visits, n, masked: bool, part: int):
+        kernel = visits.kernel
         self.all, self.n, self.masked = visits, n, masked
-        self.slot = lax.rem(n - visits.begin, visits.kernel.stages)
-        self.start = visits.other[n] * visits.kernel.size
+        self.part, self.size = part, kernel.size // kernel.parts
+        self.slot = lax.rem(n - visits.begin, kernel.stages)
+        self.start = visits.other[n] * kernel.size + part * self.size
 
     def get(self, which: int):
         """One of the matrices that came in, once it is whole."""
-        plgpu.barrier_wait(self.all.full[which].at[self.slot])
-        return self.all.coming[which].at[self.slot]
+        if self.part == 0:
+            plgpu.barrier_wait(self.all.full[which].at[self.slot])
+        block = self.all.coming[which].at[self.slot]
+        if self.all.kernel.parts == 1:
+            return block
+        return block.at[pl.ds(self.part * self.size, self.size)]
 
     def let(self, which: int) -> None:
-        """Its place may be used again."""
-        plgpu.barrier_arrive(self.all.done[which].at[self.slot])
+        """Its place may be used again, behind the last part."""
+        if self.part == self.all.kernel.parts - 1:
+            plgpu.barrier_arrive(self.all.done[which].at[self.slot])
 
     def load(self, ref):
         """A statistic of what came in, from the main memory."""
-        size = self.all.kernel.size
-        return _load(ref.at[..., pl.ds(self.start, size)], _COLUMN)
+        return _load(ref.at[..., pl.ds(self.start, self.size)], _COLUMN)
 
     def bias(self):
         """0 for pairs that are seen, HIDDEN for others; None where all are.
@@ -404,7 +415,9 @@ class Visit:
         visits, bias = self.all, None
         if self.masked:
             rows = pl.ds(visits.wg * GROUP, GROUP)
-            bias = _load(visits.hidden.at[visits.pattern[self.n], rows], _PAIRS)
+            came = pl.ds(self.part * self.size, self.size)
+            bias = visits.hidden.at[visits.pattern[self.n], rows, came]
+            bias = _load(bias, _PAIRS)
         if visits.kernel.segmented:
             own, other = visits.operands[-2:]
             mine, come = (other, own) if visits.kernel.turned else (own, other)
@@ -628,6 +641,7 @@ def _keys(spec, q, k, *rest):
         stay=2, come=2, size=BACK, turned=True,
         stages=tuning.of("attention_gpu").back_stages,
         segmented=bool(ids), dtype=q.dtype, width=H,
+        parts=2 if ids and H == max(WIDTHS) else 1,
     )  # fmt: skip
 
     def place(refs, b, h, t, wg):
@@ -650,7 +664,7 @@ def _keys(spec, q, k, *rest):
 
 def _keys_body(spec, visits, held, outputs):
     (k, v), (d_k, d_v) = held, outputs
-    size, width = visits.kernel.size, visits.kernel.width
+    width = visits.kernel.width
     lse, delta = (x.at[visits.b, visits.h] for x in visits.operands[4:6])
 
     def step(visit, carry):
@@ -659,7 +673,7 @@ def _keys_body(spec, visits, held, outputs):
         scores, slope = _scores(spec, visit, k, q)
         weights = jnp.exp2(scores - visits.columns(visit.load(lse)))
         sum_v = visit.add(sum_v, weights, d_out)
-        d_scores = product(v, d_out.transpose((1, 0)), (GROUP, size))
+        d_scores = product(v, d_out.transpose((1, 0)), visits.shape)
         visit.let(1)
         d_scores = d_scores - visits.columns(visit.load(delta))
         d_scores = weights * d_scores

@@ -57,13 +57,15 @@ def cases() -> dict:
 
     sinks = M.causal() & (M.window(4096) | M.sink(4))
     stripes = M.causal() & M.block_sparse(128, 4, 8, kv_heads=2)
+    near = M.causal() & M.window(4096)
     packed = dict(segments=True, sink=True, softcap=30.0)
     return {
         "causal": (M.causal(), 32_768, 8, 2, 128, {}),
         LIBRARY: (M.causal(), 32_768, 8, 2, 128, dict(alone=True)),
         "window": (sinks, 1_048_576, 8, 2, 128, {}),
         "stripes": (stripes, 32_768, 8, 2, 128, {}),
-        "packed": (M.causal() & M.window(4096), 32_768, 8, 8, 64, packed),
+        "packed": (near, 32_768, 8, 8, 64, packed),
+        "packed_wide": (near, 32_768, 8, 2, 128, packed | dict(only="gpu")),
     }
 
 
@@ -223,6 +225,7 @@ def attention_case(implementation: str, name: str, array):
 def taken(chip: str) -> list[str]:
     """The cases that a chip's kernels take."""
     own = cases() | DECODE
+    own = {n: c for n, c in own.items() if c[-1].get("only") in (None, platform(chip))}
     if platform(chip) == "gpu":
         own = {n: c for n, c in own.items() if c[-1].get("dtype") != "float32"}
         own = {n: c for n, c in own.items() if not {"codes", "sums"} & {*c[-1]}}

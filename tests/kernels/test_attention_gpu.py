@@ -16,6 +16,7 @@ CASES = {
     "grouped heads, a ragged tail": (M.causal(), 200, 200, 4, 2, {}),
     "sinks, a window, a capped score": (SINKS, 150, 150, 4, 1, {"softcap": 5.0}),
     "segments": (M.causal(), 140, 140, 2, 2, {"segments": True}),
+    "segments, wide heads": (SINKS, 140, 140, 2, 1, {"segments": True, "width": 128}),
     "a mask a head, a learned sink, later queries": (
         M.per_head([SINKS, M.causal()]), 70, 170, 2, 2, {"sink": True, "offset": 100},
     ),
@@ -24,14 +25,14 @@ CASES = {
 
 
 def inputs(T, S, N, K, options):
-    random = np.random.default_rng(0)
+    random, H = np.random.default_rng(0), options.pop("width", 64)
 
     def draw(*shape, dtype=jnp.bfloat16):
         return jnp.asarray(random.standard_normal(shape), dtype)
 
-    arrays = draw(1, T, N, 64), draw(1, S, K, 64), draw(1, S, K, 64)
+    arrays = draw(1, T, N, H), draw(1, S, K, H), draw(1, S, K, H)
     sink = draw(N, dtype=jnp.float32) if options.pop("sink", False) else None
-    cotangents = draw(1, T, N, 64), draw(1, N, T, dtype=jnp.float32)
+    cotangents = draw(1, T, N, H), draw(1, N, T, dtype=jnp.float32)
     if options.pop("segments", False):
         ids = jnp.asarray(np.sort(random.integers(0, 3, (1, T))), jnp.int32)
         options |= {"q_segment_ids": ids, "kv_segment_ids": ids}

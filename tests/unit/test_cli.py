@@ -176,7 +176,7 @@ def test_chat_asks_line_by_line_in_one_conversation(echo, monkeypatch, capsys):
     monkeypatch.setattr("lclm.conversation.Conversation", Talk)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nmore\n"))
     assert main(["chat", "m", "--system", "be brief"]) == 0
-    assert made[0][1].startswith("streaming") and made[0][2]["system"] == "be brief"
+    assert made[0][1] is None and made[0][2]["system"] == "be brief"
     assert made[1:] == ["hello", "more"]
     assert capsys.readouterr().out == "HELLO\nMORE\n"
 
