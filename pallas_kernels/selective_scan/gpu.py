@@ -7,7 +7,8 @@
 is a sum over those, and no barrier stands between two tokens. Tokens stream through
 shared memory in blocks. The backward pass is given the state in front of every block,
 computes the others of the block again into shared memory, and leaves its part of the
-gradients of B and C for XLA to add, in one order.
+gradients of B and C for XLA to add, in one order. Where rows and channels are too few
+to fill the chip, rows are cut into parts that run beside one another, twice.
 """
 
 import functools
@@ -267,4 +268,19 @@ def _backward(
     plgpu.wait_smem_to_gmem(0)
 
 
-scan = shared.operation(_run_forward, _run_backward)
+def _parts(sizes, shape: tuple[int, int, int]) -> int:
+    """Parts of a row that take the least time, where parts are run twice.
+
+    Up to `sizes.programs` warpgroups run beside one another as fast as one alone.
+    """
+    B, T, C = shape
+    programs, best = B * C // CHANNELS, 1
+    least = max(1.0, programs / sizes.programs)
+    for parts in (2, 4, 8, 16, 32, 64):
+        took = 2 / parts * max(1.0, programs * parts / sizes.programs)
+        if T // parts >= sizes.least and took < 0.8 * least:
+            best, least = parts, took
+    return best
+
+
+scan = shared.operation(*shared.in_parts(_run_forward, _run_backward, _parts))

@@ -8,7 +8,7 @@ import pytest
 from lclm.errors import LclmError
 from lclm.ops.scan import selective_scan
 from pallas_kernels import dispatch, tuning
-from pallas_kernels.selective_scan import BEST, gpu, kernel, tpu
+from pallas_kernels.selective_scan import BEST, gpu, kernel, shared, tpu
 
 B, T, N = 2, 29, 8
 CHANNELS = {"interpret": tpu.CHANNELS, "interpret_gpu": gpu.CHANNELS}
@@ -25,6 +25,17 @@ def short_blocks():
         tuning.using("scan_gpu", block=8, unrolled=2),
     ):
         yield
+
+
+RUNS = [("interpret", 1), ("interpret_gpu", 1), ("interpret_gpu", 3)]
+
+
+@pytest.fixture
+def parts(request, monkeypatch):
+    """Rows of the GPU's kernel whole, and cut into parts of 10, 10 and 9 tokens."""
+    runs = gpu._run_forward, gpu._run_backward
+    cut = shared.in_parts(*runs, lambda sizes, shape: request.param)
+    monkeypatch.setattr(gpu, "scan", shared.operation(*cut))
 
 
 def inputs(C):
@@ -48,16 +59,16 @@ def run(implementation):
     return call
 
 
-@pytest.mark.parametrize("name", CHANNELS)
-def test_a_kernel_gives_outputs_and_state_of_the_recurrence(name, short_blocks):
+@pytest.mark.parametrize(("name", "parts"), RUNS, indirect=["parts"])
+def test_a_kernel_gives_outputs_and_state_of_the_recurrence(name, short_blocks, parts):
     args = inputs(CHANNELS[name])
     for got, want in zip(run(name)(*args), run("xla")(*args), strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHANNELS)
-def test_a_kernel_gives_every_gradient_of_the_recurrence(name, short_blocks):
+@pytest.mark.parametrize(("name", "parts"), RUNS, indirect=["parts"])
+def test_a_kernel_gives_every_gradient_of_the_recurrence(name, short_blocks, parts):
     args = inputs(CHANNELS[name])
 
     def weighed(call):
@@ -98,6 +109,15 @@ def test_an_accelerator_runs_its_kernel_and_a_processor_none(platform):
     with dispatch.target(platform):
         assert kernel(shape, 16, jnp.float32, None) is not None
         assert kernel(shape, 16, jnp.float32, "xla") is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [((1, 32768, 1536), 16), ((1, 32768, 8192), 1), ((4, 32768, 8192), 1),
+     ((1, 1200, 64), 4), ((1, 300, 64), 1), ((1, 1 << 20, 64), 64)],
+)  # fmt: skip
+def test_rows_too_few_to_fill_a_gpu_are_cut(shape, parts):
+    assert gpu._parts(tuning.of("scan_gpu"), shape) == parts
 
 
 def test_a_name_that_is_not_known_is_an_error():
