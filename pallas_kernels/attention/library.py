@@ -81,10 +81,15 @@ def refuses_cudnn(call: dispatch.Call) -> str | None:
 
 
 def _fused():
-    """JAX's binding of cuDNN: the public one rounds the log-sum-exp to 16 bits."""
-    from jax._src.cudnn import fused_attention_stablehlo
+    """JAX's binding of cuDNN: the public one rounds the log-sum-exp to 16 bits.
 
-    return fused_attention_stablehlo
+    ImportError where this JAX has another one.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as found
+
+    if not hasattr(found, "_dot_product_attention_bwd_rule"):
+        raise ImportError("this JAX binds cuDNN in another way")
+    return found
 
 
 def _kind(spec: Spec):
