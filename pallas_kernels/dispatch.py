@@ -146,26 +146,15 @@ def _mosaic_gpu(call: Call) -> str | None:
     return gpu.refuses(call)
 
 
-def _cudnn(call: Call) -> str | None:
-    if call.platform != "gpu":
-        return f"it runs on gpu, and this is {call.platform}"
-    from pallas_kernels.attention import library
+def _library(name: str, platform: str | None) -> Callable[[Call], str | None]:
+    """Why a library's kernel, of one platform or of any, would refuse a call."""
 
-    return library.refuses_cudnn(call)
+    def supports(call: Call) -> str | None:
+        if platform not in (None, call.platform):
+            return f"it runs on {platform}, and this is {call.platform}"
+        return _load(f"pallas_kernels.attention.library:refuses_{name}")(call)
 
-
-def _splash(call: Call) -> str | None:
-    if call.platform != "tpu":
-        return f"it runs on tpu, and this is {call.platform}"
-    from pallas_kernels.attention import library
-
-    return library.refuses_splash(call)
-
-
-def _tokamax(call: Call) -> str | None:
-    from pallas_kernels.attention import library
-
-    return library.refuses_tokamax(call)
+    return supports
 
 
 def _decode_tpu(call: Decode) -> str | None:
@@ -190,7 +179,7 @@ def _decode_gpu(call: Decode) -> str | None:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "cudnn": Implementation(
         "pallas_kernels.attention.library:cudnn",
-        _cudnn,
+        _library("cudnn", "gpu"),
         "pallas_kernels.attention.library:backward",
         library=True,
     ),
@@ -212,14 +201,14 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation("pallas_kernels.attention.reference:attend", _small),
     "splash": Implementation(
         "pallas_kernels.attention.library:splash",
-        _splash,
+        _library("splash", "tpu"),
         "pallas_kernels.attention.library:backward",
         library=True,
         named=True,
     ),
     "tokamax": Implementation(
         "pallas_kernels.attention.library:tokamax",
-        _tokamax,
+        _library("tokamax", None),
         "pallas_kernels.attention.library:backward",
         library=True,
         named=True,
