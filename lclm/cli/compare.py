@@ -14,7 +14,7 @@ from lclm.cli import options
 from lclm.cli.finished import JOURNAL, RUN, Measured, Run, read_run
 from lclm.cli.job import CHOICE_KEYS, Stage
 from lclm.cli.page import Page, Section
-from lclm.cli.run import label, machine, to_rich
+from lclm.cli.run import label, machine, show_panel
 from lclm.data.fetch import write_atomic
 from lclm.errors import LclmError
 from lclm.evals import cost, pairs
@@ -94,7 +94,7 @@ def write(
     sections.append(costs_of(runs))
     for section in sections:
         for panel in section.panels:
-            console.print(to_rich(panel))
+            show_panel(panel, console)
         section.write(out)
     base, *others = runs
     facts = machine()

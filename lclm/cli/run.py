@@ -4,11 +4,15 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -105,7 +109,7 @@ def run_job(
                 taken = {name for s in sections for name in (*s.figures, *s.csv)}
                 section = show_stage(done[-1], taken)
             for panel in section.panels:
-                console.print(to_rich(panel))
+                show_panel(panel, console)
             sections.append(section)
             decided, costs = _decided(job, done), _cost(done)
             for part in (*decided, section, *costs):
@@ -119,7 +123,7 @@ def run_job(
         )
         raise
     for section in decided:
-        console.print(to_rich(section.panels[0]))
+        show_panel(section.panels[0], console)
     console.print(f"report: [bold]{folder / 'report.html'}[/bold]")
 
 
@@ -219,6 +223,23 @@ def _measure(
             bars.update(tasks[label], completed=done, total=total)
 
         return stage.evaluation.run(lm, journal=journal, observe=observe)
+
+
+def show_panel(panel: Panel, console: Console) -> None:
+    """A table; where that is wider than the terminal, a paragraph for each row."""
+    table = to_rich(panel)
+    boundless = console.options.update(width=sys.maxsize)
+    if Measurement.get(console, boundless, table).minimum <= console.width:
+        console.print(table)
+        return
+    console.print(f"[bold]{escape(panel.title)}[/bold]")
+    for first, *cells in panel.rows:
+        console.print(f"\n[bold]{escape(first)}[/bold]")
+        for name, cell in zip(panel.columns[1:], cells, strict=True):
+            told = Padding(f"[dim]{escape(name)}:[/dim] {escape(cell)}", (0, 0, 0, 2))
+            console.print(told)
+    if panel.note:
+        console.print(f"\n[italic]{escape(panel.note)}[/italic]")
 
 
 def to_rich(panel: Panel) -> RichTable:

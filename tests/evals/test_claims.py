@@ -238,7 +238,7 @@ def test_a_run_decides_its_claims_on_its_page_and_in_a_file(tmp_path, source, lm
     told = {**TOLD, "low": READING | {"label": "window"}, "high": {"label": "full"}}
     path.write_text(CONFIG.format(source=source, stage=STAGE, claim=told))
     assert read_job(str(path)).claims[0].stage == ("Reading",)
-    screen = Console(file=io.StringIO(), width=200)
+    screen = Console(file=io.StringIO(), width=80)
     report = run(
         str(path),
         workdir=tmp_path / "run",
@@ -249,7 +249,9 @@ def test_a_run_decides_its_claims_on_its_page_and_in_a_file(tmp_path, source, lm
     assert "CPU-sized run: smoke." in page and "Sinks help." in page
     assert page.index("Sinks help.") < page.index("<h2>Reading")
     assert len(lines.splitlines()) == 1 + 2 * 3
-    assert UNDECIDED in screen.file.getvalue()
+    shown = screen.file.getvalue()
+    assert f"\n{UNDECIDED}\n  claim: Sinks help." in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_a_model_may_start_from_another_of_its_job(monkeypatch, tmp_path):
