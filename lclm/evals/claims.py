@@ -2,14 +2,17 @@
 
 A side's mean over seeds has a 95% t-interval; that of a score in [0, 1] is at least
 Wilson's interval of as many answers (Wilson 1927, JASA 22), since seeds that agree say
-nothing of the questions that were not asked. "reproduced": both sides have at least
+nothing of the questions that were not asked. Where both sides have the same seeds (the
+same texts, the same trained models), intervals of other measures are within seeds
+(Morey 2008, Tutor. Quant. Methods Psychol. 4): a text that is hard for both sides tells
+them apart no less. "reproduced": both sides have at least
 `SEEDS` seeds and the low side's interval ends below the beginning of the high side's;
 "did not reproduce": the other way about; "undecided" otherwise.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scipy.special import ndtri, stdtrit
@@ -21,10 +24,10 @@ SEEDS = 3
 REPRODUCED, FAILED, UNDECIDED = "reproduced", "did not reproduce", "undecided"
 RULE = (
     "Means over seeds with 95% t-intervals, those of scores at least Wilson's interval "
-    "of all answers. Reproduced: at least 3 seeds a side, and the low side's interval "
-    "ends below the high side's; did not reproduce: the other way about; else "
-    "undecided. High - low: differences of the same seeds, which are no part of the "
-    "rule."
+    "of all answers, those of other measures within seeds where both sides have the "
+    "same (Cousineau-Morey: what makes a text hard for both is left out). Reproduced: "
+    "at least 3 seeds a side, and the low side's interval ends below the high side's; "
+    "did not reproduce: the other way about; else undecided."
 )
 COLUMNS = ("verdict", "claim", "the paper", "measure", "low", "high", "high - low")
 HEADER = ("claim", "paper", "measure", "side", "picks", "seed", "value")
@@ -85,11 +88,13 @@ class Claim:
 class Estimate:
     """Mean of one value a seed, and its 95% interval (unbounded below 2 seeds).
 
-    answers: how many scores in [0, 1] the values average; 0 for other measures.
+    answers: how many scores in [0, 1] the values average; 0 for other measures. within:
+    half the width where the same seeds have another side (`paired`).
     """
 
     values: Mapping[Any, float]
     answers: int = 0
+    within: float | None = None
 
     @property
     def mean(self) -> float:
@@ -99,6 +104,8 @@ class Estimate:
     @property
     def half(self) -> float:
         """Half the width of the interval: t(n - 1) s / sqrt(n)."""
+        if self.within is not None:
+            return self.within
         n, mean = len(self.values), self.mean
         if n < 2:
             return math.inf
@@ -124,6 +131,20 @@ class Estimate:
         digits = min(max(2 - math.floor(math.log10(scale)), 0), 6)
         numbers = (f"{v:.{digits}f}" for v in (self.mean, low, high))
         return "{} [{}, {}] {}".format(*numbers, seeds)
+
+
+def paired(low: Estimate, high: Estimate) -> tuple[Estimate, Estimate]:
+    """Both with intervals within seeds, where they have the same (Morey 2008).
+
+    Of two sides that is the interval of their difference over sqrt(2): a seed's own
+    level, which both share, is no part of it. Scores keep the intervals of their
+    answers.
+    """
+    if low.answers or high.answers or low.values.keys() != high.values.keys():
+        return low, high
+    apart = {seed: high.values[seed] - value for seed, value in low.values.items()}
+    within = Estimate(apart).half / math.sqrt(2)
+    return replace(low, within=within), replace(high, within=within)
 
 
 def wilson(share: float, answers: int) -> tuple[float, float]:
@@ -210,7 +231,8 @@ def decide(claim: Claim, records: Sequence[Record]) -> Decision:
       LclmError: a side picks no record, or its records lack the measure or the seed.
     """
     known = [labelled(r) for r in records if r["stage"] in claim.stage]
-    return Decision(claim, _side(claim, "low", known), _side(claim, "high", known))
+    low, high = (_side(claim, side, known) for side in ("low", "high"))
+    return Decision(claim, *paired(low, high))
 
 
 def labelled(record: Record) -> Record:

@@ -22,6 +22,7 @@ from lclm.evals.claims import (
     Decision,
     Estimate,
     decide,
+    paired,
     summary,
 )
 
@@ -82,6 +83,26 @@ def test_a_margin_lets_the_low_side_be_that_much_above():
     assert verdict(low, high, margin=0.2) == REPRODUCED
 
 
+def test_texts_that_both_sides_read_are_compared_within():
+    # Differences 0.5, 0.6, 0.7: half = 2.4841 x 0.1 / sqrt(2); texts are 2 nats apart.
+    low = Estimate({"a": 2.0, "b": 3.0, "c": 4.0})
+    high = Estimate({"a": 2.5, "b": 3.6, "c": 4.7})
+    assert Decision(claim(), low, high).verdict == UNDECIDED
+    sides = paired(low, high)
+    assert [s.mean for s in sides] == [low.mean, high.mean]
+    for side in sides:
+        assert side.half == pytest.approx(0.17565, abs=1e-5)
+    assert Decision(claim(), *sides).verdict == REPRODUCED
+    assert Decision(claim(), *reversed(sides)).verdict == FAILED
+
+
+def test_seeds_or_scores_that_are_not_the_same_are_not_compared_within():
+    low, other = Estimate({0: 1.0, 1: 2.0}), Estimate({2: 1.0, 3: 2.0})
+    assert paired(low, other) == (low, other)
+    scores = Estimate({0: 0.0, 1: 1.0}, 10)
+    assert paired(low, scores) == (low, scores)
+
+
 def test_scores_of_equal_seeds_have_the_interval_of_their_answers():
     # Wilson's 95% interval of 9 of 15: 0.357 to 0.802; of 0 of 15: 0 to 0.204.
     half = Estimate(dict.fromkeys(range(3), 0.6), 15)
@@ -137,11 +158,12 @@ def test_a_span_takes_the_losses_of_its_positions():
 
 
 def test_the_table_has_both_sides_and_the_csv_file_every_seed():
-    made = summary([decide(claim(), RECORDS)], note="CPU-sized run: smoke.")
+    records = RECORDS[:3] + [record(s, "window", 9.0 + s / 5) for s in range(3)]
+    made = summary([decide(claim(), records)], note="CPU-sized run: smoke.")
     (row,) = made.panels[0].rows
     assert row[:3] == (REPRODUCED, "Sinks help.", CLAIM["paper"])
-    assert row[4] == "label=sinks: 3.100 [2.852, 3.348] (3 seeds)"
-    assert row[6].startswith("6.00")
+    assert row[4] == "label=sinks: 3.100 [2.924, 3.276] (3 seeds)"
+    assert row[6].startswith("6.10")
     assert made.panels[0].note.startswith("CPU-sized run: smoke.")
     lines = list(csv.DictReader(io.StringIO(made.csv["claims.csv"])))
     assert [(r["side"], r["seed"], r["value"]) for r in lines[:2]] == [
