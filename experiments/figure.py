@@ -73,7 +73,10 @@ def table(found: dict[int, Arms]) -> list[tuple]:
 
 
 def draw(found: dict[int, Arms], title: str) -> Figure:
-    """A panel a length: means over seeds, and the range between them."""
+    """A panel a length: means over seeds, and the range between trained ones.
+
+    Texts are seeds too, and how hard they are has no place in the figure.
+    """
     shown = {
         n: arms for n, arms in found.items()
         if len(next(iter(next(iter(arms.values())).values()))[0]) >= SHORT
@@ -87,15 +90,11 @@ def draw(found: dict[int, Arms], title: str) -> Figure:
             )
             at, nats = points[0, :, :2].mean(axis=1), points[:, :, 2]
             (line,) = axes.plot(at, nats.mean(axis=0), label=arm, linewidth=1.4)
-            axes.fill_between(
-                at,
-                nats.min(axis=0),
-                nats.max(axis=0),
-                color=line.get_color(),
-                alpha=0.2,
-            )
+            if len({stage for stage, _ in seeds}) == 1:
+                low, high = nats.min(axis=0), nats.max(axis=0)
+                axes.fill_between(at, low, high, color=line.get_color(), alpha=0.2)
         axes.set(title=f"{title}, {length:,} tokens", xlabel="position")
-        axes.set_ylabel("nats a token (band: seeds)")
+        axes.set_ylabel("nats a token (band: trained seeds)")
         axes.legend(fontsize=8, ncols=2)
     return figure
 

@@ -26,7 +26,7 @@ KEYS, VALUES, FILL = 4, 4, 8
 ARMS = {
     **{place: (1, place) for place in ("middle", "bottom", "top")},
     "all full": (LAYERS, "middle"),
-    "none full": (0, "middle"),
+    "none full": (0, "bottom"),
 }
 STEPS, RATE = 1000, 5e-3
 
