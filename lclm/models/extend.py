@@ -64,7 +64,9 @@ def with_rope(config: ModelConfig, rope: Rope) -> ModelConfig:
     if not seen:
         raise LclmError(f"rope: no layer of this {config.family} model has one")
     context = rope.context or config.context
-    if rope.context is None and rope.factor is not None:
+    if seen[-1].kind == "dynamic":
+        context = seen[-1].context
+    elif rope.context is None and rope.factor is not None:
         context = math.floor((rope.original or config.context) * rope.factor)
     return dataclasses.replace(changed, context=context)
 
@@ -94,7 +96,8 @@ def _changed(old: RopeSpec, change: Rope) -> RopeSpec:
 
     The original length is that of the model before the change. The factor of "linear"
     and "ntk" is the least whole one that reaches the new context (arXiv 2309.12307,
-    section 3.3), YaRN's and others' the quotient.
+    section 3.3), YaRN's and others' the quotient. "dynamic" keeps the trained length as
+    its context, as in Hugging Face's configs: from there on it stretches, without end.
     """
     told = {k: v for k, v in dataclasses.asdict(change).items() if v is not None}
     trained = old.context if old.original is None else old.original
@@ -106,4 +109,6 @@ def _changed(old: RopeSpec, change: Rope) -> RopeSpec:
     if "kind" in told and kind != "default" and "factor" not in told:
         ratio = told.get("context", old.context) / told["original"]
         told["factor"] = float(math.ceil(ratio)) if kind in ("linear", "ntk") else ratio
+    if kind == "dynamic":
+        told |= {"context": told["original"], "original": None}
     return dataclasses.replace(old, **told)

@@ -88,6 +88,20 @@ def test_a_longer_context_again_keeps_the_first_trained_length():
     assert (spec.original, spec.factor, spec.context) == (64, 8.0, 512)
 
 
+def test_dynamic_ntk_leaves_the_trained_length_alone_and_is_ntk_behind_it():
+    # Its growth at L of M tokens is factor * L / M - (factor - 1): 2 at 96 of 64.
+    dynamic = reshaped(CONFIG, ModelSpec("x", rope=Rope("dynamic", factor=2.0)))
+    ntk = reshaped(CONFIG, ModelSpec("x", rope=Rope("ntk", factor=2.0)))
+    assert dynamic.context == dynamic.layers[0].mixer.rope.context == CONFIG.context
+    params = params_of(CONFIG)
+    inside = TEXT[:, : CONFIG.context]
+    plain = hidden(CONFIG, params, inside)
+    np.testing.assert_array_equal(hidden(dynamic, params, inside), plain)
+    found, want = hidden(dynamic, params), hidden(ntk, params)
+    np.testing.assert_allclose(found, want, rtol=2e-5, atol=2e-5)
+    assert np.abs(found - hidden(CONFIG, params)).max() > 1e-2
+
+
 def test_position_interpolation_is_the_base_at_shrunk_positions():
     spec = ModelSpec("x", rope=Rope("linear", context=128))
     params = params_of(CONFIG)
