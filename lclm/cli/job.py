@@ -205,7 +205,7 @@ def _models(data: dict[str, Any]) -> dict[str, Choice]:
             )
         found[name] = from_dict(Choice, told, f"{where}.")
         found[name].check()
-    trained.check([name for name, choice in found.items() if choice.train])
+    trained.check(found)
     return found
 
 

@@ -92,7 +92,9 @@ def run_job(
     console = console or Console()
     held = Held(load or options.load_model, console)
     console.print(f"[bold]{job.title or job.name}[/bold]")
-    untrained = [c for c in job.models.values() if not c.train]
+    untrained = [
+        c for c in job.models.values() if not c.train and trained.MODELS not in c.source
+    ]
     if untrained and any(isinstance(s, Stage) for s in job.stages):
         held(untrained[0])
     done: list[Measured] = []

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from lclm.cli.page import Section
-from lclm.errors import LclmError
+from lclm.errors import LclmError, did_you_mean
 from lclm.evals.base import Panel, Summary
 from lclm.evals.figures import Chart, smooth
 
@@ -25,8 +25,18 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
-def check(names: Sequence[str]) -> None:
-    """Raise LclmError where two models would be trained in one folder."""
+def check(models: Mapping[str, Any]) -> None:
+    """Raise LclmError where two models would be trained in one folder, or a source is
+    a model that this job does not train."""
+    names = [name for name, choice in models.items() if choice.train]
+    known = [f"{MODELS}/{folder_name(name)}/model" for name in names]
+    for name, choice in models.items():
+        if MODELS in choice.source and choice.source not in known:
+            raise LclmError(
+                f"model {name!r}: source {choice.source!r} is none that this job "
+                f"trains: {', '.join(known) or 'it trains none'}"
+                f"{did_you_mean(choice.source, known)}"
+            )
     for i, name in enumerate(names):
         for other in names[:i]:
             if folder_name(name) == folder_name(other):
@@ -71,11 +81,15 @@ def train_all(
 ) -> tuple[dict[str, Any], list[Section]]:
     """The models with what was trained as their source, and how training went.
 
-    `{models}` in a training config's settings is `folder`, so that a model may start
-    from another of its job: `train.py:start={models}/base/model`.
+    `{models}` in a training config's settings or in a source is `folder`, so that a
+    model may start from another of its job, `train.py:start={models}/base/model`, or be
+    another held otherwise: `source="{models}/base/model"` and a `rope`.
     """
     found, folders = {}, {}
     for name, choice in models.items():
+        choice = dataclasses.replace(
+            choice, source=choice.source.replace(MODELS, str(folder))
+        )
         if choice.train:
             folders[name] = folder / folder_name(name)
             spec = choice.train.replace(MODELS, str(folder))

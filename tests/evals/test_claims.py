@@ -283,9 +283,16 @@ def test_a_model_may_start_from_another_of_its_job(monkeypatch, tmp_path):
     monkeypatch.setattr(
         trained, "train", lambda spec, *_: asked.append(spec) or tmp_path
     )
-    models = {"a": Choice(train="configs/smoke.py:model={models}/base/model")}
-    trained.train_all(models, tmp_path, Console())
+    models = {
+        "a": Choice(train="configs/smoke.py:model={models}/base/model"),
+        "b": Choice("{models}/a/model", rope="ntk:factor=2"),
+    }
+    trained.check(models)
+    found, _ = trained.train_all(models, tmp_path, Console())
     assert asked == [f"configs/smoke.py:model={tmp_path}/base/model"]
+    assert found["b"].source == f"{tmp_path}/a/model"
+    with pytest.raises(LclmError, match=r"'c'.*none that this job.*did you mean"):
+        trained.check({**models, "c": Choice("{models}/aa/model")})
 
 
 TRAINED = """
