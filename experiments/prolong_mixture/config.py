@@ -49,6 +49,7 @@ def get_config(seeds=3, length=1024, documents=4):
             measure="nll",
             span=[256, length],
             seed="model",
+            paired=True,
             low=dict(model=names[low]),
             high=dict(model=names[high]),
         )

@@ -2,9 +2,9 @@
 
     lclm run --config=experiments/rope/small.py
 
-Three models of 0.2M parameters, trained on novels in rows of 256 bytes, read another
+Six models of 0.2M parameters, trained on novels in rows of 256 bytes, read another
 novel in pieces of 1,024, their rotary embedding left alone or stretched fourfold. No
-weight is trained for it. About 3 minutes of 2 cores. README.md has what came out.
+weight is trained for it. About 5 minutes of 2 cores. README.md has what came out.
 """
 
 import ml_collections
@@ -20,7 +20,7 @@ PLAIN, TRAINED = "plain {}", 256
 READING = "Reading 1,024 bytes of a novel"
 
 
-def get_config(seeds=3, length=1024, documents=4):
+def get_config(seeds=6, length=1024, documents=4):
     """`length`: bytes of each of `documents` pieces."""
     config = ml_collections.ConfigDict()
     config.name = "rope_small"
@@ -56,6 +56,7 @@ def get_config(seeds=3, length=1024, documents=4):
             measure="nll",
             span=span,
             seed="model",
+            paired=True,
             low=dict(model=sides[0]),
             high=dict(model=sides[1]),
             margin=margin,

@@ -43,7 +43,9 @@ class Claim:
     number that records have, such as "score" and "tokens_per_second". low, high: the
     fields by which records are of a side; a list of values takes any of them. stage:
     titles of the stages whose records decide. seed: the field that tells one seed from
-    another. margin: how far the low side may be above the high one.
+    another. paired: the values that both sides list of that field are of the same seeds
+    in the same order, as models that started from the same one are. margin: how far the
+    low side may be above the high one.
     """
 
     says: str
@@ -55,6 +57,7 @@ class Claim:
     seed: str = "seed"
     span: tuple[int, ...] = ()
     margin: float = 0.0
+    paired: bool = False
 
     def __post_init__(self):
         for name in ("says", "paper", "measure", "seed"):
@@ -74,6 +77,14 @@ class Claim:
         require(
             not self.span or self.measure == "nll",
             f"span={self.span} with measure={self.measure!r}: only 'nll' has positions",
+        )
+        counts = [
+            len(_wanted(side.get(self.seed, ()))) for side in (self.low, self.high)
+        ]
+        require(
+            not self.paired or counts[0] == counts[1] > 0,
+            f"paired=True and the sides list {counts[0]} and {counts[1]} values of "
+            f"{self.seed!r}: list as many, those of one seed at one place",
         )
         require(self.margin >= 0, f"margin is {self.margin}; it must be at least 0")
 
@@ -255,7 +266,10 @@ def _side(claim: Claim, side: str, records: Sequence[Record]) -> Estimate:
                 isinstance(value, int | float),
                 f"{where}: {claim.measure} is {value!r}; a measure is a number",
             )
-            found.setdefault(record[claim.seed], []).append((float(value), weight))
+            seed = record[claim.seed]
+            if claim.paired:
+                seed = _wanted(picks[claim.seed]).index(seed)
+            found.setdefault(seed, []).append((float(value), weight))
     require(
         bool(found),
         f"{where}: none of its {len(mine)} records was measured"

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from dataclasses import replace
 
 import pytest
 from eval_doubles import Scripted
@@ -94,6 +95,21 @@ def test_texts_that_both_sides_read_are_compared_within():
         assert side.half == pytest.approx(0.17565, abs=1e-5)
     assert Decision(claim(), *sides).verdict == REPRODUCED
     assert Decision(claim(), *reversed(sides)).verdict == FAILED
+
+
+def test_models_of_the_same_start_are_the_same_seeds():
+    models = ("a 0", "a 1", "a 2"), ("b 0", "b 1", "b 2")
+    records = [record(0, "full", nll + s, model=model)
+               for nll, names in zip((3.0, 3.5), models, strict=True)
+               for s, model in enumerate(names)]  # fmt: skip
+    low, high = ({"model": list(names)} for names in models)
+    told = claim(low=low, high=high, seed="model")
+    assert decide(told, records).verdict == UNDECIDED
+    found = decide(replace(told, paired=True), records)
+    assert found.verdict == REPRODUCED
+    assert found.low.values == {0: 3.0, 1: 4.0, 2: 5.0}
+    with pytest.raises(LclmError, match="list 3 and 2 values of 'model'"):
+        claim(low=low, high={"model": ["b 0", "b 1"]}, seed="model", paired=True)
 
 
 def test_seeds_or_scores_that_are_not_the_same_are_not_compared_within():
