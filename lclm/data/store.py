@@ -30,6 +30,7 @@ from lclm.errors import LclmError, unknown
 FORMAT = 1
 PIECE = 1 << 16
 RECORDS_A_SHARD = 4096
+GROUP = 128  # records written at once: every call writes the dataset's metadata anew
 TOLD = 20
 UNDECODABLE = ("fatal", "skip")
 
@@ -139,19 +140,21 @@ def _write(
     summary = Summary(source, fingerprint(tokenizer))
     summary.dtype = "uint32" if wide else "uint16"
     writer = _writer(folder, np.dtype(summary.dtype))
-    lengths, hashes = [], []
+    lengths, hashes, records = [], [], []
     for document in _kept(source, undecodable, summary):
         tokens, mask = tokenise(document, tokenizer)
         for start in range(0, max(len(tokens), 1), PIECE):
             at = slice(start, start + PIECE)
-            record = {
+            records.append({
                 "id": document.id,
                 "start": start,
                 "length": len(tokens),
                 "tokens": tokens[at].astype(summary.dtype),
                 "mask": np.zeros(0, np.uint8) if mask is None else mask[at],
-            }
-            writer.add_examples({"train": [record]})
+            })  # fmt: skip
+            if len(records) == GROUP:
+                writer.add_examples({"train": records})
+                records = []
         lengths.append(len(tokens))
         hashes.append(text_hash(document.text))
         summary.documents += 1
@@ -166,6 +169,8 @@ def _write(
             f"{source!r} has no document ({summary.skipped} were undecodable); give a "
             "source with text in it"
         )
+    if records:
+        writer.add_examples({"train": records})
     writer.close_all()
     np.save(folder / "lengths.npy", np.array(lengths, np.int64))
     np.save(folder / "hashes.npy", np.array(hashes, np.uint64))
