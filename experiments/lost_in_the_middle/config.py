@@ -2,7 +2,6 @@
 
     lclm run --config=experiments/lost_in_the_middle/config.py
 
-Meant for under 15 minutes on 2 CPU cores; not run yet.
 Expected: the paper's curves are a U: with 20 documents MPT-30B-Instruct answers 53.7,
 51.8, 52.2, 52.7 and 56.2 of 100 at places 0, 4, 9, 14 and 19 (closed book 31.7, oracle
 81.7).
@@ -11,8 +10,8 @@ Expected: the paper's curves are a U: with 20 documents MPT-30B-Instruct answers
 import ml_collections
 
 
-def get_config(model="smollm2-135m", keys=12, documents=8, limit=12):
-    """`keys`: pairs of a JSON object; `documents`: of a question; `limit` questions."""
+def get_config(model="smollm2-135m", keys=12, documents=4, objects=24, questions=12):
+    """`keys`: pairs of each object; `documents`: of each of the `questions`."""
     config = ml_collections.ConfigDict()
     config.name = "lost_in_the_middle"
     config.title = "Lost in the middle"
@@ -24,14 +23,14 @@ def get_config(model="smollm2-135m", keys=12, documents=8, limit=12):
     config.size = "smoke"
     config.model, config.quantize = model, "int8"
 
-    def stage(kind, title, total, steps):
+    def stage(kind, title, total, steps, limit, chat):
         places = [round(i * (total - 1) / steps) for i in range(steps + 1)]
         return dict(eval="lost_in_the_middle", kind=kind, title=title, total=total,
-                    places=places, limit=limit)  # fmt: skip
+                    places=places, limit=limit, chat=chat)  # fmt: skip
 
     config.stages = [
-        stage("kv", "Keys and values", keys, 4),
-        stage("qa", "Documents", documents, 2),
+        stage("kv", "Keys and values", keys, 4, objects, False),
+        stage("qa", "Documents", documents, 2, questions, True),
     ]
 
     def claim(says, paper, title, low, high):

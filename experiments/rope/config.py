@@ -2,7 +2,6 @@
 
     lclm run --config=experiments/rope/config.py
 
-Meant for under 15 minutes on 2 CPU cores; not run yet.
 Expected: past the trained length the plain model's loss rises; PI (arXiv 2306.15595)
 costs loss everywhere until it is trained; NTK scaling costs less, dynamic NTK nothing
 inside the trained length, and YaRN (arXiv 2309.00071) is the best past it.
@@ -10,6 +9,7 @@ inside the trained length, and YaRN (arXiv 2309.00071) is the best past it.
 
 import ml_collections
 
+PAST = 10240  # models read on a little past their length before they fail
 NOVELS = ("emma", "persuasion", "pride and prejudice")
 KINDS = {
     "plain": "",
@@ -20,7 +20,7 @@ KINDS = {
 }
 
 
-def get_config(model="smollm2-135m", length=9216, trained=8192):
+def get_config(model="smollm2-135m", length=12288, trained=8192):
     """`length`: tokens read of each text, beyond `trained`."""
     config = ml_collections.ConfigDict()
     config.name = "rope"
@@ -42,12 +42,12 @@ def get_config(model="smollm2-135m", length=9216, trained=8192):
             title=novel.capitalize(),
             source=f"austen:novel={novel}",
             length=length,
-            splits=[2048, trained, trained + 512],
+            splits=[2048, trained, PAST],
             readings=[dict(cache="full")],
         )
         for novel in NOVELS
     ]
-    past, inside = [trained + 512, length], [1024, trained]
+    past, inside = [PAST, length], [1024, trained]
 
     def claim(says, paper, low, high, span, **more):
         sides = dict(low=dict(model=low), high=dict(model=high))

@@ -1,15 +1,16 @@
 """Stretched rotary embeddings far past the trained length, on models trained here.
 
-    lclm run --config=experiments/rope/small.py
+    lclm run --config=experiments/rope_small/config.py
 
-Six models of 0.2M parameters, trained on novels in rows of 256 bytes, read another
-novel in pieces of 1,024, their rotary embedding left alone or stretched fourfold. No
-weight is trained for it. About 5 minutes of 2 cores. README.md has what came out.
+Three models of 0.2M parameters, trained on 1.2 MB of novels in rows of 256
+bytes, read another novel in pieces of 1,024, their rotary embedding left alone or
+stretched fourfold. No weight is trained for it. About 8 minutes of 2 cores. README.md
+has what came out.
 """
 
 import ml_collections
 
-TRAIN = "experiments/s2_attention/train.py:seed={}"
+TRAIN = "experiments/infini/train.py:model=full,seed={},steps={}"
 KINDS = {
     "PI": "linear:factor=4",
     "NTK": "ntk:factor=4",
@@ -20,7 +21,7 @@ PLAIN, TRAINED = "plain {}", 256
 READING = "Reading 1,024 bytes of a novel"
 
 
-def get_config(seeds=6, length=1024, documents=4):
+def get_config(seeds=3, steps=600, length=1024, documents=4):
     """`length`: bytes of each of `documents` pieces."""
     config = ml_collections.ConfigDict()
     config.name = "rope_small"
@@ -28,7 +29,7 @@ def get_config(seeds=6, length=1024, documents=4):
     config.size = "smoke"
     plain = [PLAIN.format(s) for s in range(seeds)]
     config.models = [
-        dict(name=name, train=TRAIN.format(s)) for s, name in enumerate(plain)
+        dict(name=name, train=TRAIN.format(s, steps)) for s, name in enumerate(plain)
     ]
     config.models += [
         dict(name=f"{kind} {s}", source=f"{{models}}/plain-{s}/model", rope=rope)
