@@ -19,7 +19,7 @@ PAPER = "arXiv 2406.10774"
 PASSKEYS = f"{PAPER}: passkeys in 10K, 99% at 64 to 256 tokens, H2O and TOVA at most 8%"
 
 
-def get_config(length=1024, budgets="64+128", trials=3, held="70MB"):
+def get_config(length=1024, budgets="64+128", trials=6, held="70MB"):
     """`budgets`: tokens that a query reads, joined by +; the last decides claims."""
     sizes = [int(size) for size in budgets.split("+")]
     quest = [f"quest:budget={size}" for size in sizes]
