@@ -3,8 +3,9 @@
     lclm run --config=experiments/rope/config.py
 
 Expected: past the trained length the plain model's loss rises; PI (arXiv 2306.15595)
-costs loss everywhere until it is trained; NTK scaling costs less, dynamic NTK nothing
-inside the trained length, and YaRN (arXiv 2309.00071) is the best past it.
+costs loss everywhere until it is trained; NTK scaling costs less, and YaRN (arXiv
+2309.00071) is the best past it. Dynamic NTK is the plain model to 8,192 tokens; at 1.5
+times that its angles are those of NTK scaling by 2.
 """
 
 import ml_collections
@@ -63,9 +64,8 @@ def get_config(model="smollm2-135m", length=12288, trained=8192):
         claim("YaRN is better than NTK scaling past the trained length.",
               "arXiv 2309.00071",
               "YaRN", "NTK", past),
-        claim("Inside the trained length dynamic NTK loses nothing against the plain "
-              "model (within 0.01 nats).", "arXiv 2309.00071",
-              "dynamic NTK", "plain", inside, margin=0.01),
+        claim("There dynamic NTK reads on too.",
+              "arXiv 2309.00071", "dynamic NTK", "plain", past),
         claim("Inside the trained length PI without training costs loss.",
               "arXiv 2306.15595: fine-tuning wins it back", "plain", "PI",
               inside),
