@@ -19,7 +19,8 @@ class Rope:
     """Changes to the rotary embedding of every attention layer; None leaves a field.
 
     kind: "linear" (PI), "ntk", "yarn", ...; `factor`, `original` and `context` follow
-    from each other and the model's trained length where they are not given.
+    from each other and the model's trained length where they are not given. "dynamic"
+    has no length to end at: a `context` gives it its factor and nothing else.
     """
 
     kind: str | None = None
