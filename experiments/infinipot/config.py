@@ -8,6 +8,8 @@ their depths, one in each quarter. alpha=0 keeps by the catalyst alone, alpha=1 
 novelty alone. One row gives the question as the catalyst (CaP-Q): that row is query-
 aware, all others are not. The loss on three pieces of Persuasion beside it (a seed is a
 piece).
+Took 24 minutes of 2 CPU cores beside other runs; README.md has what
+came out.
 """
 
 import ml_collections

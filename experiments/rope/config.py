@@ -2,6 +2,7 @@
 
     lclm run --config=experiments/rope/config.py
 
+Took 34 minutes of 2 CPU cores beside other runs.
 Expected: past the trained length the plain model's loss rises; PI (arXiv 2306.15595)
 costs loss everywhere until it is trained; NTK scaling costs less, and YaRN (arXiv
 2309.00071) is the best past it. Dynamic NTK is the plain model to 8,192 tokens; at 1.5

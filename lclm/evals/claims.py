@@ -5,9 +5,9 @@ Wilson's interval of as many answers (Wilson 1927, JASA 22), since seeds that ag
 nothing of the questions that were not asked. Where both sides have the same seeds (the
 same texts, the same trained models), intervals of other measures are within seeds
 (Morey 2008, Tutor. Quant. Methods Psychol. 4): a text that is hard for both sides tells
-them apart no less. "reproduced": both sides have at least
-`SEEDS` seeds and the low side's interval ends below the beginning of the high side's;
-"did not reproduce": the other way about; "undecided" otherwise.
+them apart no less. "reproduced": both sides have at least `SEEDS` seeds and the low
+side's interval ends below the beginning of the high side's; "did not reproduce": the
+other way about; "undecided" otherwise.
 """
 
 import math
